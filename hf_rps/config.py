@@ -1,0 +1,158 @@
+"""RPSConfig: what to share, how far, and how."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+
+from hf_rps.mapping import MAPPINGS, SHARING, SIGNS
+
+GRAD_SCALINGS = ("projection", "norm", "none")
+INIT_WEIGHTS = (True, False, "project", "rescale")
+
+
+def _check(condition: bool, name: str, value, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"RPSConfig: {name}={value!r} is not valid; expected {expected}")
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_names(value) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) and name for name in value)
+
+
+@dataclass
+class RPSConfig(PeftConfig):
+    """Configuration of randomized parameter sharing (STABLE-RPS, ICLR 2024).
+
+    All targeted weights, n numbers, are replaced by signed, scaled slices of one shared trainable array of
+    m = round(ratio * n) numbers. ``RPSConfig(ratio=0.1)`` is meant to be right for nearly everyone.
+
+    Args:
+        ratio: Stored numbers over targeted weights, m / n, in (0, 1]. 0.1 stores a tenth; 1 is the dense model itself.
+        seed: Seed of the mapping (rotations and signs). It does not drive torch's generator.
+        target_modules: Names (suffixes) of the modules to share, a regular expression over full names, or
+            "all-linear". Default None: every attention and MLP projection of the base model, that is every linear
+            layer and Conv1D but the output head, the classifier and tied weights.
+        exclude_modules: Names (suffixes) or a regular expression of modules to leave dense.
+        layers_to_transform: Index or indices of the transformer layers to share; default all.
+        layers_pattern: Name of the module list that ``layers_to_transform`` counts, if it is not one of the usual.
+        modules_to_save: Names (suffixes) of further modules to leave dense and, with PEFT, to train and save.
+        sharing: "global" shares one array between all targets (the best accuracy at equal m); "block" gives each
+            transformer block, "module" each module, a segment of its own.
+        mapping: "fold" (RANDOMFOLD, weights are views, dense speed). "roast" (hashed tiles of 64 weights, ICML 2023)
+            and "hash" (a hash a weight, HashedNets, ICML 2015) are slow forms, for comparison.
+        sign: "row", one hashed sign per output row, which is free; "element", one per weight, the paper's exact form
+            and slow; "none".
+        grad_scaling: What the shared array's gradient is divided by, slot by slot. "projection" (Gamma, the sum of
+            squared scales): an SGD step is the orthogonal projection of the dense step, stable wherever dense training is.
+            "norm" (its square root): the size of the gradient stays that of the dense model's, so that Adam's epsilon
+            and gradient clipping keep their meaning; for adaptive optimizers. "none" (1): the unstable ROAST.
+        init_std: Standard deviation C of the shared array at init. None (default): RMS of the modules' own
+            standard deviations times sqrt(m / n), with which a dense recipe's learning rate carries over. Not a knob
+            to tune; it exists to reproduce the paper's sweep.
+        init_weights: Where the shared array starts. True (default): "project" for weights loaded from a checkpoint,
+            "rescale" for randomly initialised ones. "project": the least-squares fit psi_j = sum(scale sign w) / Gamma_j.
+            "rescale": psi_j = sum(sign w / scale) / sqrt(count_j), which keeps every module's own std. Both are exact
+            at ratio 1. False: independent draws from N(0, C**2) of torch's generator.
+
+    Raises:
+        ValueError: A field is out of its range; the message names field, value and what is expected.
+
+    >>> RPSConfig(ratio=2)
+    Traceback (most recent call last):
+        ...
+    ValueError: RPSConfig: ratio=2 is not valid; expected a number in (0, 1], the share of the targeted weights to store
+    """
+
+    ratio: float = field(default=0.1, metadata={"help": "Stored numbers over targeted weights, m / n, in (0, 1]."})
+    seed: int = field(default=0, metadata={"help": "Seed of the mapping (rotations and signs)."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Module names, a regex or 'all-linear'; default: every attention and MLP projection."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regex of modules to leave dense."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to share; default all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform counts."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to leave dense and, with PEFT, to train and save."}
+    )
+    sharing: str = field(default="global", metadata={"help": "'global', 'block' or 'module'.", "choices": SHARING})
+    mapping: str = field(default="fold", metadata={"help": "'fold'; slow: 'roast', 'hash'.", "choices": MAPPINGS})
+    sign: str = field(default="row", metadata={"help": "'row', 'element' (slow) or 'none'.", "choices": SIGNS})
+    grad_scaling: str = field(
+        default="projection",
+        metadata={
+            "help": "Divisor of the shared gradient: 'projection' (Gamma), 'norm' (its root, for Adam-like optimizers) or 'none'.",
+            "choices": GRAD_SCALINGS,
+        },
+    )
+    init_std: float | None = field(default=None, metadata={"help": "Std of the shared array at init; None: automatic."})
+    init_weights: bool | str = field(
+        default=True, metadata={"help": "True (automatic), False (fresh draws), 'project' or 'rescale'."}
+    )
+
+    # what from_pretrained(quantization_config=RPSConfig(...)) and transformers' registry ask for
+    quant_method = "rps"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = "RPS"
+        number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
+        _check(
+            number and 0 < self.ratio <= 1,
+            "ratio",
+            self.ratio,
+            "a number in (0, 1], the share of the targeted weights to store",
+        )
+        _check(_is_int(self.seed), "seed", self.seed, "an integer")
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            ok = value is None or (isinstance(value, str) and value) or (_is_names(value) and len(value) > 0)
+            _check(ok, name, value, "None, a non-empty string or a non-empty list of names")
+            if isinstance(value, (set, tuple)):
+                setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
+        _check(
+            self.modules_to_save is None or _is_names(self.modules_to_save),
+            "modules_to_save",
+            self.modules_to_save,
+            "None or a list of names",
+        )
+        layers = self.layers_to_transform
+        listed = isinstance(layers, (list, tuple)) and all(_is_int(i) and i >= 0 for i in layers)
+        _check(
+            layers is None or listed or (_is_int(layers) and layers >= 0),
+            "layers_to_transform",
+            layers,
+            "None, a layer index or a list of them",
+        )
+        for name, choices in (
+            ("sharing", SHARING),
+            ("mapping", MAPPINGS),
+            ("sign", SIGNS),
+            ("grad_scaling", GRAD_SCALINGS),
+        ):
+            value = getattr(self, name)
+            _check(isinstance(value, str) and value in choices, name, value, f"one of {list(choices)}")
+        initial = self.init_weights
+        known = isinstance(initial, bool) or (isinstance(initial, str) and initial in INIT_WEIGHTS)
+        _check(known, "init_weights", initial, f"one of {list(INIT_WEIGHTS)}")
+        std = self.init_std
+        number = isinstance(std, (int, float)) and not isinstance(std, bool)
+        _check(
+            std is None or (number and math.isfinite(std) and std > 0),
+            "init_std",
+            std,
+            "None (automatic) or a positive number",
+        )

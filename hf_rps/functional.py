@@ -1,0 +1,185 @@
+"""y = x W^T + b where W is a signed, scaled slice of the shared array psi: the fast path and, beside it, the plain one.
+
+The fast path (:func:`rps_linear`) feeds zero-copy views of psi to the matrix product and folds scale and sign into the
+output, so no weight is ever materialised; in the backward pass it adds each block's gradient straight into a slice of
+one gradient buffer. The plain path (:func:`rps_linear_reference`) builds W from its definition out of differentiable
+operations; it is what the fast path is tested against, and what torch.compile, torch.export and double backward use.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_rps.folding import RowLayout
+
+
+class GradientBuffer:
+    """Where the backward passes of all layers that share one gate add up the gradient of psi.
+
+    A backward pass adds into a buffer of its own (of float32, or float64 for a float64 psi), found by the id of the
+    autograd engine's graph task: a backward pass that an exception cut short leaves nothing for the next one, and one
+    that runs inside another (reentrant checkpointing) does not mix with it.
+    """
+
+    __slots__ = ("_buffers",)
+
+    def __init__(self):
+        self._buffers: dict[int, Tensor] = {}
+
+    def get(self, psi: Tensor) -> Tensor:
+        """The buffer (m,) of the running backward pass, zero at first."""
+        task = torch._C._current_graph_task_id()
+        buffer = self._buffers.get(task)
+        if buffer is None:
+            dtype = torch.promote_types(psi.dtype, torch.float32)
+            buffer = self._buffers[task] = torch.zeros_like(psi, dtype=dtype)
+        return buffer
+
+    def take(self) -> Tensor | None:
+        """Hand over the buffer of the running backward pass, or None if nothing was added."""
+        return self._buffers.pop(torch._C._current_graph_task_id(), None)
+
+
+def rps_linear(
+    x: Tensor, psi: Tensor, layout: RowLayout, row_scale: Tensor, bias: Tensor | None, buffer: GradientBuffer | None
+) -> Tensor:
+    """Apply the linear layer whose weight W (rows, cols) is described by ``layout``, through views of psi.
+
+    Args:
+        x: (..., cols), of psi's dtype.
+        psi: (m,), the shared array; in training the output of a gate (see :mod:`hf_rps.bank`).
+        layout: Blocks and torn rows of W.
+        row_scale: (rows,), scale times sign of every row.
+        bias: (rows,) or None.
+        buffer: Receives the gradient of psi; its gate returns it to autograd. None: psi needs no gradient.
+
+    Returns:
+        (..., rows), equal to ``F.linear(x, dense_weight(psi, layout, row_scale), bias)``.
+    """
+    return _RPSLinear.apply(x, psi, bias, row_scale, layout, buffer)
+
+
+def rps_linear_reference(x: Tensor, psi: Tensor, layout: RowLayout, row_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The plain form of :func:`rps_linear`, by definition: build W, then ``F.linear``."""
+    return F.linear(x, dense_weight(psi, layout, row_scale), bias)
+
+
+def dense_weight(psi: Tensor, layout: RowLayout, row_scale: Tensor) -> Tensor:
+    """W (rows, cols) = row_scale[r] * psi[slot(r, c)], differentiable in psi (m,)."""
+    pieces: dict[int, list[Tensor]] = {}
+    for row, count, slot in layout.blocks:
+        pieces[row] = [psi[slot : slot + count * layout.cols]]
+    for row, parts in layout.torn:
+        pieces[row] = [psi[slot : slot + length] for slot, length in parts]
+    flat = torch.cat([part for row in sorted(pieces) for part in pieces[row]])
+    return (flat.view(layout.rows, layout.cols) * row_scale[:, None]).to(psi.dtype)
+
+
+def indexed_weight(psi: Tensor, slots: Tensor, signed_scale: Tensor) -> Tensor:
+    """W = signed_scale * psi[slots] by index gather, for mappings that have no views. ``slots`` int64 (rows, cols)."""
+    return (psi[slots] * signed_scale).to(psi.dtype)
+
+
+def _torn_rows(psi: Tensor, layout: RowLayout) -> Tensor:
+    """The torn rows of W, pieced together: (number of torn rows, cols)."""
+    pieces = [psi[slot : slot + length] for _, parts in layout.torn for slot, length in parts]
+    return torch.cat(pieces).view(-1, layout.cols)
+
+
+def _columns(gy: Tensor, layout: RowLayout) -> Tensor:
+    """The columns of gy (tokens, rows) that belong to torn rows: (tokens, number of torn rows)."""
+    return torch.stack([gy[:, row] for row, _ in layout.torn], dim=1)
+
+
+def _multiply(x: Tensor, psi: Tensor, layout: RowLayout) -> Tensor:
+    """x (tokens, cols) times the unscaled weight transposed: (tokens, rows)."""
+    cols = layout.cols
+    if len(layout.blocks) == 1 and not layout.torn:
+        slot = layout.blocks[0][2]
+        return x @ psi[slot : slot + layout.rows * cols].view(layout.rows, cols).t()
+    y = x.new_empty(x.shape[0], layout.rows)
+    for row, count, slot in layout.blocks:
+        torch.mm(x, psi[slot : slot + count * cols].view(count, cols).t(), out=y[:, row : row + count])
+    if layout.torn:
+        torn = x @ _torn_rows(psi, layout).t()
+        for i, (row, _) in enumerate(layout.torn):
+            y[:, row].copy_(torn[:, i])
+    return y
+
+
+def _input_gradient(gy: Tensor, psi: Tensor, layout: RowLayout) -> Tensor:
+    """gy (tokens, rows), already scaled, times the unscaled weight: (tokens, cols)."""
+    cols, gx = layout.cols, None
+    for row, count, slot in layout.blocks:
+        weight = psi[slot : slot + count * cols].view(count, cols)
+        part = gy[:, row : row + count]
+        gx = part @ weight if gx is None else gx.addmm_(part, weight)
+    if layout.torn:
+        part = _columns(gy, layout)
+        weight = _torn_rows(psi, layout)
+        gx = part @ weight if gx is None else gx.addmm_(part, weight)
+    return gx
+
+
+def _add_weight_gradient(buffer: Tensor, gy: Tensor, x: Tensor, layout: RowLayout) -> None:
+    """Add gy^T x, the gradient of the unscaled weight, into the slots of ``buffer`` (m,) that the weight reads."""
+    cols = layout.cols
+    for row, count, slot in layout.blocks:
+        part = gy[:, row : row + count].t()
+        target = buffer[slot : slot + count * cols].view(count, cols)
+        if buffer.dtype == x.dtype:
+            target.addmm_(part, x)
+        else:  # the product of one block in the compute dtype, summed over blocks and layers in the buffer's
+            target.add_(part @ x)
+    if layout.torn:
+        torn = _columns(gy, layout).t() @ x
+        for i, (_, parts) in enumerate(layout.torn):
+            column = 0
+            for slot, length in parts:
+                buffer[slot : slot + length].add_(torn[i, column : column + length])
+                column += length
+
+
+class _RPSLinear(torch.autograd.Function):
+    """The fast path. Its backward returns no gradient for psi: it adds it to the buffer, which the gate returns."""
+
+    @staticmethod
+    def forward(ctx, x, psi, bias, row_scale, layout, buffer):
+        ctx.set_materialize_grads(False)
+        ctx.layout, ctx.buffer = layout, buffer
+        ctx.save_for_backward(x, psi, bias, row_scale)
+        y = _multiply(x.reshape(-1, layout.cols), psi, layout)
+        if bias is None:
+            y.mul_(row_scale)
+        elif bias.dtype == y.dtype == row_scale.dtype:
+            torch.addcmul(bias, y, row_scale, out=y)
+        else:
+            y.mul_(row_scale).add_(bias)
+        return y.view(*x.shape[:-1], layout.rows)
+
+    @staticmethod
+    def backward(ctx, gy):
+        if gy is None:
+            return None, None, None, None, None, None
+        x, psi, bias, row_scale = ctx.saved_tensors
+        needs_x, needs_psi, needs_bias = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # double backward: differentiate the plain path
+            inputs = [t for t, needed in ((x, needs_x), (psi, needs_psi), (bias, needs_bias)) if needed]
+            y = rps_linear_reference(x, psi, ctx.layout, row_scale, bias)
+            grads = iter(torch.autograd.grad(y, inputs, gy, create_graph=True))
+            gx, gpsi, gbias = (next(grads) if needed else None for needed in (needs_x, needs_psi, needs_bias))
+            return gx, gpsi, gbias, None, None, None
+        layout = ctx.layout
+        flat = gy.reshape(-1, layout.rows)
+        gx = gbias = None
+        if needs_bias:
+            gbias = flat.sum(0).to(bias.dtype)
+        if needs_x or needs_psi:
+            scaled = (flat * row_scale).to(flat.dtype)
+            if needs_x:
+                gx = _input_gradient(scaled, psi, layout).view(x.shape)
+            if needs_psi:
+                _add_weight_gradient(ctx.buffer.get(psi), scaled, x.reshape(-1, layout.cols), layout)
+        return gx, None, gbias, None, None, None

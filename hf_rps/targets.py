@@ -1,0 +1,192 @@
+"""Which modules of a model are shared: every attention and MLP projection, unless the config says otherwise."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_rps.config import RPSConfig
+
+logger = logging.getLogger(__name__)
+
+# Heads that sit inside the base model under these names (PEFT's lists and the question-answering head of transformers)
+_HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs", "classification_head", "embed_out", "output_projection")
+_LAYER_INDEX = re.compile(r"(?:^|.*?\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module that can be shared: its full name and whether it stores its weight as (in, out), like Conv1D."""
+
+    name: str
+    module: nn.Module
+    transposed: bool
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as (out_features, in_features)."""
+        return self.module.weight.t() if self.transposed else self.module.weight
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for nn.Linear, transformers' Conv1D, and look-alikes that compute ``F.linear(x, weight, bias)``."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, Conv1D):
+        return True
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        return False
+    if set(module._parameters) - {"weight", "bias"} or module._modules:
+        return False
+    if not isinstance(module, nn.Linear):
+        shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+        if shape != tuple(weight.shape):
+            return False
+    return type(module).forward is nn.Linear.forward or _computes_linear(module)
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Module) -> bool:
+    """Probe a layer with a forward of its own: does it compute the linear map of its weight and bias?"""
+    weight = module.weight
+    if not weight.is_floating_point() or weight.is_meta:
+        return False
+    x = torch.linspace(-1, 1, 3 * weight.shape[1], device=weight.device, dtype=weight.dtype).view(3, -1)
+    try:
+        y, expected = module(x), F.linear(x, weight, module.bias)
+        return isinstance(y, torch.Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-5)
+    except Exception:  # whatever else it computes, it is not a linear layer of one input
+        return False
+
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The body of a transformers model without its task head; the model itself for any other module."""
+    base = getattr(model, "base_model", model)
+    return base if isinstance(base, nn.Module) else model
+
+
+def base_prefix(model: nn.Module) -> str:
+    """Name of the base model inside ``model`` with a trailing dot, or '' where they are the same."""
+    base = base_model_of(model)
+    return next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
+
+
+def _matches(patterns: list[str] | str, name: str) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _in_layers(config: RPSConfig, name: str) -> bool:
+    if config.layers_to_transform is None:
+        return True
+    wanted = config.layers_to_transform
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    patterns = config.layers_pattern
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not patterns:
+        match = _LAYER_INDEX.match(name)
+        return match is not None and int(match["index"]) in wanted
+    found = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name) for pattern in patterns)
+    return any(match and int(match["index"]) in wanted for match in found)
+
+
+def _quantised_problem(module: nn.Module) -> str | None:
+    weight = getattr(module, "weight", None)
+    if isinstance(getattr(module, "qweight", None), torch.Tensor):
+        return f"is quantised ({type(module).__name__})"
+    if isinstance(weight, nn.Parameter) and not weight.dtype.is_floating_point:
+        return f"has a weight of dtype {weight.dtype}"
+    if isinstance(weight, nn.Parameter) and weight.element_size() < 2:
+        return f"has an 8-bit weight ({weight.dtype})"
+    return None
+
+
+def _in_attention_of_torch(model: nn.Module) -> set[str]:
+    """Linear layers that nn.MultiheadAttention and nn.Transformer layers read by weight in fused kernels."""
+    owners = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, owners):
+            found.update(f"{name}.{child}" if name else child for child, _ in module.named_modules() if child)
+    return found
+
+
+def find_targets(model: nn.Module, config: RPSConfig) -> list[Candidate]:
+    """The modules of ``model`` that ``config`` names, in the model's own order, each once.
+
+    Raises:
+        ValueError: Nothing matches; a named module is not a linear layer, is quantised, or is tied to another.
+    """
+    modules = dict(model.named_modules())
+    explicit = config.target_modules is not None and config.target_modules != "all-linear"
+    base, prefix = base_model_of(model), base_prefix(model)
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    uses = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
+    fused = _in_attention_of_torch(model)
+    candidates, skipped, tried = [], [], []
+    for name, module in modules.items():
+        quantised = _quantised_problem(module)
+        linear = quantised is None and is_linear(module)
+        if explicit:
+            wanted = _matches(config.target_modules, name)
+        else:
+            head = module is output or any(part in _HEAD_NAMES for part in name.split("."))
+            wanted = (linear or quantised) and not head and (base is model or name.startswith(prefix))
+            wanted = wanted and not (quantised and not isinstance(module, nn.Linear) and not hasattr(module, "qweight"))
+        if not wanted or (config.exclude_modules and _matches(config.exclude_modules, name)):
+            continue
+        if config.modules_to_save and any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save):
+            continue
+        if not _in_layers(config, f"{name}."):
+            continue
+        tried.append(name)
+        if quantised:
+            raise ValueError(
+                f"module {name!r} {quantised}; RPS shares float weights. Load the model unquantised, or leave the "
+                f"module out with exclude_modules."
+            )
+        tied = linear and uses[id(module.weight)] > 1
+        if not linear or tied or name in fused:
+            if explicit:
+                what = "tied to another module" if tied else f"a {type(module).__name__}, not a plain linear layer"
+                raise ValueError(
+                    f"target_modules={config.target_modules!r} matches {name!r}, which is {what} and can't be shared. "
+                    f"Leave it out of target_modules, or name it in exclude_modules."
+                )
+            skipped.append(name)
+            continue
+        candidates.append(Candidate(name, module, isinstance(module, Conv1D)))
+    if not candidates:
+        raise ValueError(_nothing_message(model, config, modules, tried))
+    left = _left_dense(modules, {c.name for c in candidates})
+    if left:
+        logger.info("left dense: %s", ", ".join(f"{kind} ({count})" for kind, count in left.items()))
+    return candidates
+
+
+def _nothing_message(model: nn.Module, config: RPSConfig, modules: dict, tried: list[str]) -> str:
+    fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    given = ", ".join(f"{f}={getattr(config, f)!r}" for f in fields if getattr(config, f) is not None)
+    linear = [name for name, module in modules.items() if is_linear(module)]
+    kinds = Counter(name.rsplit(".", 1)[-1] for name in linear)
+    return (
+        f"no module of {type(model).__name__} is left to compress with {given or 'the default target_modules'}"
+        f"{' (matched but unfit: ' + ', '.join(tried[:5]) + ')' if tried else ''}. Its linear layers are called "
+        f"{sorted(kinds) if kinds else '(it has none)'}; name some of them in target_modules."
+    )
+
+
+def _left_dense(modules: dict[str, nn.Module], shared: set[str]) -> dict[str, int]:
+    """Modules with weight matrices of their own that stay dense, counted by class and name."""
+    left = Counter()
+    for name, module in modules.items():
+        if name not in shared and any(p is not None and p.ndim >= 2 for p in module._parameters.values()):
+            left[f"{type(module).__name__} {re.sub(r'[.][0-9]+(?=[.]|$)', '.*', name)}"] += 1
+    return dict(left)
