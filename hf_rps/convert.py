@@ -104,6 +104,11 @@ def install(model: nn.Module, bank: Bank, replacements: dict[str, nn.Module]) ->
     base = base_model_of(model)
     if hasattr(base, BANK_NAME):
         raise ValueError(f"{type(base).__name__} has an attribute {BANK_NAME!r} of its own, where the bank must go")
+    if isinstance(base, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        raise ValueError(
+            f"the bank can't be a child of a {type(base).__name__}, which would run or index it as one of its own; wrap "
+            f"the container in a module of your own"
+        )
     replace_modules(model, replacements)
     base.add_module(BANK_NAME, bank)
     for module in model.modules():

@@ -20,7 +20,7 @@ from hf_rps.hashing import hash_int
 ALIGNMENT = 8  # elements: 16 bytes in bfloat16, what vectorised loads and tensor cores want a row to start on
 _ALIGN_FROM = 1 << 12  # below this many slots alignment would cost rotations and buys nothing
 _SHIFT_TRIES = 32
-_NEIGHBOURS = 64  # earlier partitions compared with; bounds the work when a matrix is folded very many times
+_NEIGHBOURS = 16  # earlier partitions compared with; bounds the work when a matrix is folded very many times
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def draw_shifts(n: int, m: int, alignment: int, key: int, spans: list[Span]) -> 
     neighbours: list[set[tuple[int, int]]] = [set() for _ in range(partitions)]  # (earlier partition, cols)
     for span in spans:
         first, last = span.start // m, (span.stop - 1) // m
-        if span.cols > alignment:
+        if alignment < span.cols <= m // 4:  # a longer row meets itself whatever the shifts
             for later in range(first + 1, last + 1):
                 nearest = range(max(first, later - _NEIGHBOURS), later)
                 neighbours[later].update((earlier, span.cols) for earlier in nearest)

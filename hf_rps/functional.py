@@ -8,6 +8,8 @@ operations; it is what the fast path is tested against, and what torch.compile, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,9 +25,10 @@ class GradientBuffer:
     that runs inside another (reentrant checkpointing) does not mix with it.
     """
 
-    __slots__ = ("_buffers",)
+    __slots__ = ("_allocate", "_buffers")
 
-    def __init__(self):
+    def __init__(self, allocate: Callable[[Tensor], Tensor]):
+        self._allocate = allocate
         self._buffers: dict[int, Tensor] = {}
 
     def get(self, psi: Tensor) -> Tensor:
@@ -33,8 +36,7 @@ class GradientBuffer:
         task = torch._C._current_graph_task_id()
         buffer = self._buffers.get(task)
         if buffer is None:
-            dtype = torch.promote_types(psi.dtype, torch.float32)
-            buffer = self._buffers[task] = torch.zeros_like(psi, dtype=dtype)
+            buffer = self._buffers[task] = self._allocate(psi)
         return buffer
 
     def take(self) -> Tensor | None:
@@ -93,20 +95,15 @@ def _columns(gy: Tensor, layout: RowLayout) -> Tensor:
     return torch.stack([gy[:, row] for row, _ in layout.torn], dim=1)
 
 
-def _multiply(x: Tensor, psi: Tensor, layout: RowLayout) -> Tensor:
-    """x (tokens, cols) times the unscaled weight transposed: (tokens, rows)."""
+def _multiply(x: Tensor, psi: Tensor, layout: RowLayout, y: Tensor) -> None:
+    """Write x (tokens, cols) times the unscaled weight transposed to y (tokens, rows)."""
     cols = layout.cols
-    if len(layout.blocks) == 1 and not layout.torn:
-        slot = layout.blocks[0][2]
-        return x @ psi[slot : slot + layout.rows * cols].view(layout.rows, cols).t()
-    y = x.new_empty(x.shape[0], layout.rows)
     for row, count, slot in layout.blocks:
         torch.mm(x, psi[slot : slot + count * cols].view(count, cols).t(), out=y[:, row : row + count])
     if layout.torn:
         torn = x @ _torn_rows(psi, layout).t()
         for i, (row, _) in enumerate(layout.torn):
             y[:, row].copy_(torn[:, i])
-    return y
 
 
 def _input_gradient(gy: Tensor, psi: Tensor, layout: RowLayout) -> Tensor:
@@ -150,14 +147,15 @@ class _RPSLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.layout, ctx.buffer = layout, buffer
         ctx.save_for_backward(x, psi, bias, row_scale)
-        y = _multiply(x.reshape(-1, layout.cols), psi, layout)
+        y = x.new_empty(*x.shape[:-1], layout.rows)  # returned itself: models may change it in place, but not a view
+        _multiply(x.reshape(-1, layout.cols), psi, layout, y.view(-1, layout.rows))
         if bias is None:
             y.mul_(row_scale)
         elif bias.dtype == y.dtype == row_scale.dtype:
             torch.addcmul(bias, y, row_scale, out=y)
         else:
             y.mul_(row_scale).add_(bias)
-        return y.view(*x.shape[:-1], layout.rows)
+        return y
 
     @staticmethod
     def backward(ctx, gy):

@@ -53,7 +53,9 @@ class RPSLinear(nn.Module):
         with torch.inference_mode(False):
             signs = torch.from_numpy(bank.weight_map.signs(name))
             self._factors = {torch.device("cpu"): signs.to(torch.float32) * bank.weight_map.scale(name)}
-            self._slots: dict[torch.device, Tensor] = {}
+            # an index a weight, only for the mappings that have no views
+            slots = None if self.layout is not None else torch.from_numpy(bank.weight_map.slots(name))
+            self._slots = {} if slots is None else {torch.device("cpu"): slots}
 
     @property
     def bank(self) -> Bank:
@@ -74,10 +76,10 @@ class RPSLinear(nn.Module):
 
         Of float32, or float64 where ``dtype`` is: signs and scale must not be rounded to the compute dtype.
         """
-        if dtype == torch.float64:  # rare (tests, numerics): not worth a cache
-            signs = torch.from_numpy(self.bank.weight_map.signs(self.name))
-            return signs.to(device, dtype) * self.bank.weight_map.scale(self.name)
-        return _cached(self._factors, device, lambda: self._factors[torch.device("cpu")])
+        factor = _cached(self._factors, device)
+        if dtype == torch.float64:
+            factor = factor.sign().to(dtype) * self.bank.weight_map.scale(self.name)
+        return factor
 
     def _materialise(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """W (out_features, in_features), differentiable in psi, by the plain path."""
@@ -85,8 +87,7 @@ class RPSLinear(nn.Module):
         factor = self.factor(device, dtype)
         if self.layout is not None:
             return dense_weight(psi, self.layout, factor.view(-1))
-        slots = _cached(self._slots, device, lambda: torch.from_numpy(self.bank.weight_map.slots(self.name)))
-        return indexed_weight(psi, slots, factor)
+        return indexed_weight(psi, _cached(self._slots, device), factor)
 
     def dense_weight(self) -> Tensor:
         """W as the dense layer stores it: (out_features, in_features), or transposed for Conv1D. Differentiable."""
@@ -140,17 +141,15 @@ class RPSLinear(nn.Module):
         )
 
 
-def _cached(cache: dict[torch.device, Tensor], device: torch.device, make) -> Tensor:
-    """``make()`` on ``device``, kept there. Nothing is kept while a compiler traces."""
+def _cached(cache: dict[torch.device, Tensor], device: torch.device) -> Tensor:
+    """The cached tensor on ``device``, copied there from the CPU once. Nothing is kept while a compiler traces."""
     if device in cache:
         return cache[device]
-    value = make().to(device)
-    if not torch.compiler.is_compiling():
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):  # an inference tensor would break training later
-                value = make().to(device)
-        cache[device] = value
-    return value
+    if torch.compiler.is_compiling():
+        return cache[torch.device("cpu")].to(device)
+    with torch.inference_mode(False):  # an inference tensor would break training later
+        cache[device] = cache[torch.device("cpu")].to(device)
+    return cache[device]
 
 
 class LazyWeight:

@@ -61,8 +61,8 @@ class WeightMap:
 
     With ``sharing`` other than "global" each group of modules has a segment of the array of its own, mapped by itself.
     ``init_std`` is C, the standard deviation of the shared array at init, from which scale_i = std_i / C. Its default,
-    RMS(std) * sqrt(m / n), makes an AdamW step of the shared array move a weight as far as the same step would move
-    a dense one times sqrt(m / n), which was measured to keep the dense model's best learning rate.
+    RMS(std) * sqrt(m / n), makes every scale about sqrt(n / m), so that an AdamW step of size lr on the shared array
+    moves a weight by sqrt(n / m) * lr. With it the dense model's best learning rate was measured to stay the best one.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class WeightMap:
             base += slots
         self.n = sum(target.numel for target in self.targets)
         self.m = base
-        mean_square = math.fsum(t.numel * t.std**2 for t in self.targets) / self.n
+        mean_square = math.fsum(t.numel * (t.std * t.std) for t in self.targets) / self.n
         self.init_std = math.sqrt(mean_square * self.m / self.n) if init_std is None else init_std
         if not (self.init_std > 0 and math.isfinite(self.init_std)):
             raise ValueError(f"the shared array needs a positive, finite init_std, got {self.init_std}")

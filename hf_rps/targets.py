@@ -16,8 +16,13 @@ from hf_rps.config import RPSConfig
 
 logger = logging.getLogger(__name__)
 
-# Heads that sit inside the base model under these names (PEFT's lists and the question-answering head of transformers)
-_HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs", "classification_head", "embed_out", "output_projection")
+# Names of output heads that sit inside the base model (or whose model is its own base), over transformers' models
+_HEAD_NAMES = frozenset(
+    "lm_head lm_heads score classifier qa_outputs classification_head embed_out output_projection generation_head joint "
+    "class_predictor class_embed bbox_embed enc_score_head enc_bbox_head enc_out_class_embed enc_out_bbox_embed "
+    "encoder_output_bbox_embed predict_state predict_action predict_return iou_prediction_head pred_obj_score_head "
+    "class_labels_classifier bbox_predictor".split()
+)
 _LAYER_INDEX = re.compile(r"(?:^|.*?\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
 
 
@@ -130,12 +135,12 @@ def find_targets(model: nn.Module, config: RPSConfig) -> list[Candidate]:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     uses = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
     fused = _in_attention_of_torch(model)
-    candidates, skipped, tried = [], [], []
+    candidates, tried = [], []
     for name, module in modules.items():
         quantised = _quantised_problem(module)
         linear = quantised is None and is_linear(module)
-        if explicit:
-            wanted = _matches(config.target_modules, name)
+        if explicit:  # containers and activations have nothing to share, whatever a pattern matches
+            wanted = _matches(config.target_modules, name) and (quantised or len(module._parameters) > 0)
         else:
             head = module is output or any(part in _HEAD_NAMES for part in name.split("."))
             wanted = (linear or quantised) and not head and (base is model or name.startswith(prefix))
@@ -152,6 +157,8 @@ def find_targets(model: nn.Module, config: RPSConfig) -> list[Candidate]:
                 f"module {name!r} {quantised}; RPS shares float weights. Load the model unquantised, or leave the "
                 f"module out with exclude_modules."
             )
+        if linear and not explicit and module.weight.numel() == 0:
+            continue
         tied = linear and uses[id(module.weight)] > 1
         if not linear or tied or name in fused:
             if explicit:
@@ -160,7 +167,6 @@ def find_targets(model: nn.Module, config: RPSConfig) -> list[Candidate]:
                     f"target_modules={config.target_modules!r} matches {name!r}, which is {what} and can't be shared. "
                     f"Leave it out of target_modules, or name it in exclude_modules."
                 )
-            skipped.append(name)
             continue
         candidates.append(Candidate(name, module, isinstance(module, Conv1D)))
     if not candidates:

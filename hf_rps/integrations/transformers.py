@@ -206,6 +206,7 @@ class RPSQuantizer(HfQuantizer):
             bias = module.bias if isinstance(module, RPSLinear) else None
             if bias is not None and not bias.is_meta and not getattr(bias, "_is_hf_initialized", False):
                 nn.init.zeros_(bias)
+        _align(model)
         mark_compressed(model, self.quantization_config, bank)
 
     def get_state_dict_and_metadata(self, model):
@@ -278,6 +279,16 @@ def _owners(model: nn.Module) -> Iterable[nn.Module]:
 
 def _target_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def _align(model: nn.Module) -> None:
+    """Move CPU parameters that lie at odd addresses of a mapped file to memory of torch's own, one by one.
+
+    The last bit of a CPU matrix product depends on the address it reads from, and reloaded outputs must be bit-equal.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
 
 
 def _place_bank(model: nn.Module, device_map: dict) -> None:

@@ -1,0 +1,88 @@
+"""The weight map: its fast descriptions (layouts, pieces of Gamma) against the slow ones (slots), for every mapping."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from hf_rps.mapping import Target, WeightMap, sharing_group
+
+TARGETS = [
+    Target("encoder.layer.0.query", 24, 16, 0.02),
+    Target("encoder.layer.0.up", 40, 24, 0.03),
+    Target("encoder.layer.1.query", 24, 16, 0.05),
+    Target("pooler", 16, 40, 0.01),
+]
+
+
+def make(**changes):
+    return WeightMap(TARGETS, **({"ratio": 0.15} | changes))
+
+
+@pytest.mark.parametrize("sharing", ["global", "block", "module"])
+@pytest.mark.parametrize("ratio", [1.0, 0.3, 0.02])
+def test_layout_and_gamma_agree_with_slots(sharing, ratio):
+    weight_map = make(sharing=sharing, ratio=ratio)
+    for target in TARGETS:
+        flat = [slot for a, length in weight_map.runs(target.name) for slot in range(a, a + length)]
+        assert weight_map.slots(target.name).ravel().tolist() == flat
+    lengths, values = zip(*weight_map.squared_scales, strict=True)
+    assert sum(lengths) == weight_map.m
+    np.testing.assert_allclose(np.repeat(values, lengths), weight_map.squared_scale_array(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("mapping", ["fold", "roast", "hash"])
+@pytest.mark.parametrize("sharing", ["global", "block", "module"])
+def test_groups_use_segments_of_their_own(mapping, sharing):
+    weight_map = make(mapping=mapping, sharing=sharing)
+    used = {}
+    for target in TARGETS:
+        used.setdefault(sharing_group(target.name, sharing), set()).update(
+            weight_map.slots(target.name).ravel().tolist()
+        )
+    groups = list(used.values())
+    assert sum(len(slots) for slots in groups) == len(set().union(*groups))
+    assert max(max(slots) for slots in groups) < weight_map.m
+    assert abs(weight_map.m - 0.15 * weight_map.n) <= len(groups)
+
+
+def test_roast_tiles_are_contiguous_and_hash_is_spread():
+    slots = make(mapping="roast").slots("encoder.layer.0.query").ravel()
+    tiles = slots[: slots.size // 64 * 64].reshape(-1, 64)
+    assert (np.diff(tiles, axis=1) == 1).all()
+    hashed = make(mapping="hash", ratio=0.02).slots("encoder.layer.0.up").ravel()
+    load = np.bincount(hashed, minlength=make(ratio=0.02).m)
+    assert load.std() == pytest.approx(math.sqrt(load.mean()), rel=0.4)  # Poisson, unlike RANDOMFOLD's exact load
+
+
+def test_signs():
+    assert make(sign="row").signs("pooler").shape == (16, 1)
+    assert make(sign="element").signs("pooler").shape == (16, 40)
+    assert (make(sign="none").signs("pooler") == 1).all()
+    assert not make(sign="element").is_view
+    assert not make(mapping="hash").is_view
+
+
+def test_default_init_std_is_rms_times_root_of_the_ratio():
+    weight_map = make()
+    mean_square = sum(t.numel * t.std**2 for t in TARGETS) / weight_map.n
+    assert weight_map.init_std == pytest.approx(math.sqrt(mean_square * weight_map.m / weight_map.n))
+    assert weight_map.scale("pooler") == pytest.approx(0.01 / weight_map.init_std)
+
+
+def test_fingerprint_tells_maps_apart():
+    changed = [dataclasses.replace(TARGETS[0], **change) for change in ({"name": "x"}, {"std": 0.0201})]
+    maps = [
+        make(), make(seed=1), make(ratio=0.16), make(sharing="block"), make(mapping="roast"), make(sign="none"),
+        make(init_std=1.0), WeightMap(TARGETS[::-1], ratio=0.15), WeightMap(TARGETS[1:], ratio=0.15),
+        *(WeightMap([target, *TARGETS[1:]], ratio=0.15) for target in changed),
+    ]  # fmt: skip
+    assert len({weight_map.fingerprint for weight_map in maps}) == len(maps)
+    assert make().fingerprint == "17573e5ae5fd7880d8a05f14e658e92d"  # golden: a checkpoint of today opens tomorrow
+
+
+def test_block_groups():
+    assert sharing_group("model.layers.12.mlp.up_proj", "block") == "model.layers.12"
+    assert sharing_group("h.3.attn.c_attn", "block") == "h.3"
+    assert sharing_group("pooler.dense", "block") == ""
