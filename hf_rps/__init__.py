@@ -9,10 +9,10 @@ from hf_rps.version import __version__
 __all__ = [
     "RPSConfig",
     "SizeReport",
+    "__version__",
     "get_rps_model",
     "size_report",
     "to_dense",
-    "__version__",
 ]
 
 _register()

@@ -1,9 +1,9 @@
 """The bank: the module that owns the shared array psi, and the gate through which every use of psi passes.
 
-One *gate*, an autograd node, stands between psi and all its uses in one forward pass. Backward passes of layers add into
-the gate's gradient buffer, and the gate hands the sum, divided slot by slot as ``grad_scaling`` says, to psi once. So
-whatever hooks on psi (DDP, FSDP, gradient accumulation, clipping, GradScaler) sees one ordinary gradient. The gate
-also casts psi once a pass to the compute dtype and copies it once to each device that layers live on.
+One *gate*, an autograd node, stands between psi and all its uses in one forward pass. Backward passes of layers add
+into the gate's gradient buffer, and the gate hands the sum, divided slot by slot as ``grad_scaling`` says, to psi
+once. So whatever hooks on psi (DDP, FSDP, gradient accumulation, clipping, GradScaler) sees one ordinary gradient.
+The gate also casts psi once a pass to the compute dtype and copies it once to each device that layers live on.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Bank(nn.Module):
     # ---- one gate per forward pass
 
     def watch(self, module: nn.Module) -> None:
-        """Make every forward call of ``module`` a pass: its layers then share one gate. Nested calls join the outer one.
+        """Make every forward call of ``module`` a pass: its layers share one gate. Nested calls join the outer one.
 
         Layers called outside any pass are right too; each call then makes a gate of its own.
         """
@@ -187,9 +187,9 @@ class Bank(nn.Module):
         """
         dtype = torch.promote_types(psi.dtype, torch.float32)
         spare, self._spare = self._spare, None
-        if spare is not None and (spare.device, spare.dtype, spare.shape) == (psi.device, dtype, psi.shape):
-            if _storage_uses(spare) == _storage_uses(torch.empty(0)):
-                return spare.zero_()
+        fits = spare is not None and (spare.device, spare.dtype, spare.shape) == (psi.device, dtype, psi.shape)
+        if fits and _storage_uses(spare) == _storage_uses(torch.empty(0)):
+            return spare.zero_()
         return torch.zeros_like(psi, dtype=dtype)
 
     def recycle(self, gradient: Tensor) -> None:
@@ -217,7 +217,7 @@ class Bank(nn.Module):
 
     @torch.no_grad()
     def divide_(self, gradient: Tensor) -> None:
-        """Divide ``gradient`` (m,) by the divisor, in place and, where Gamma has long pieces, without an array for it."""
+        """Divide ``gradient`` (m,) by the divisor, in place; where Gamma has long pieces, without an array for it."""
         if self.grad_scaling == "none":
             return
         key = (gradient.device, gradient.dtype, self.grad_scaling)

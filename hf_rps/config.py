@@ -50,15 +50,15 @@ class RPSConfig(PeftConfig):
         sign: "row", one hashed sign per output row, which is free; "element", one per weight, the paper's exact form
             and slow; "none".
         grad_scaling: What the shared array's gradient is divided by, slot by slot. "projection" (Gamma, the sum of
-            squared scales): an SGD step is the orthogonal projection of the dense step, stable wherever dense training is.
+            squared scales): an SGD step is the projection of the dense one, stable wherever dense training is.
             "norm" (its square root): the size of the gradient stays that of the dense model's, so that Adam's epsilon
             and gradient clipping keep their meaning; for adaptive optimizers. "none" (1): the unstable ROAST.
         init_std: Standard deviation C of the shared array at init. None (default): RMS of the modules' own
             standard deviations times sqrt(m / n), with which a dense recipe's learning rate carries over. Not a knob
             to tune; it exists to reproduce the paper's sweep.
         init_weights: Where the shared array starts. True (default): "project" for weights loaded from a checkpoint,
-            "rescale" for randomly initialised ones. "project": the least-squares fit psi_j = sum(scale sign w) / Gamma_j.
-            "rescale": psi_j = sum(sign w / scale) / sqrt(count_j), which keeps every module's own std. Both are exact
+            "rescale" for randomly initialised ones. "project": the least-squares fit, sum(scale sign w) / Gamma_j.
+            "rescale": sum(sign w / scale) / sqrt(count_j), which keeps every module's own std. Both are exact
             at ratio 1. False: independent draws from N(0, C**2) of torch's generator.
 
     Raises:
@@ -94,7 +94,7 @@ class RPSConfig(PeftConfig):
     grad_scaling: str = field(
         default="projection",
         metadata={
-            "help": "Divisor of the shared gradient: 'projection' (Gamma), 'norm' (its root, for Adam-like optimizers) or 'none'.",
+            "help": "Divisor of the gradient: 'projection' (Gamma), 'norm' (its root, for Adam-likes) or 'none'.",
             "choices": GRAD_SCALINGS,
         },
     )

@@ -58,7 +58,7 @@ def get_rps_model(model: nn.Module, config: RPSConfig) -> nn.Module:
 
 
 def convert(model: nn.Module, config: RPSConfig) -> Bank:
-    """Select targets, fit the shared array and swap the layers in. Nothing of ``model`` changes before all has succeeded."""
+    """Select targets, fit the shared array, swap the layers in. ``model`` changes only once all has succeeded."""
     candidates = find_targets(model, config)
     prefix = base_prefix(model)
     for candidate in candidates:
@@ -106,7 +106,7 @@ def install(model: nn.Module, bank: Bank, replacements: dict[str, nn.Module]) ->
         raise ValueError(f"{type(base).__name__} has an attribute {BANK_NAME!r} of its own, where the bank must go")
     if isinstance(base, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         raise ValueError(
-            f"the bank can't be a child of a {type(base).__name__}, which would run or index it as one of its own; wrap "
+            f"the bank can't be a child of a {type(base).__name__}, which would run it as one of its own; wrap "
             f"the container in a module of your own"
         )
     replace_modules(model, replacements)
@@ -150,8 +150,8 @@ def _check_weight(candidate: Candidate) -> None:
     weight = candidate.module.weight
     if weight.is_meta:
         raise ValueError(
-            f"the weight of {candidate.name!r} is on the meta device (offloaded or not yet loaded); load the whole model "
-            f"to memory before compressing it"
+            f"the weight of {candidate.name!r} is on the meta device (offloaded or not yet loaded); load the whole "
+            f"model to memory before compressing it"
         )
     if weight.numel() == 0 or not torch.isfinite(weight).all():
         what = "is empty" if weight.numel() == 0 else "holds values that are not finite"

@@ -53,7 +53,7 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class Fold:
-    """RANDOMFOLD of n weights on m slots that begin at slot ``base`` of the shared array, with one shift a partition."""
+    """RANDOMFOLD of n weights on m slots that begin at ``base`` in the shared array, with one shift a partition."""
 
     n: int
     m: int

@@ -17,12 +17,12 @@ from hf_rps.config import RPSConfig
 logger = logging.getLogger(__name__)
 
 # Names of output heads that sit inside the base model (or whose model is its own base), over transformers' models
-_HEAD_NAMES = frozenset(
-    "lm_head lm_heads score classifier qa_outputs classification_head embed_out output_projection generation_head joint "
-    "class_predictor class_embed bbox_embed enc_score_head enc_bbox_head enc_out_class_embed enc_out_bbox_embed "
-    "encoder_output_bbox_embed predict_state predict_action predict_return iou_prediction_head pred_obj_score_head "
-    "class_labels_classifier bbox_predictor".split()
-)
+_HEAD_NAMES = frozenset({
+    "lm_head", "lm_heads", "score", "classifier", "qa_outputs", "classification_head", "embed_out", "output_projection",
+    "generation_head", "joint", "class_predictor", "class_embed", "bbox_embed", "enc_score_head", "enc_bbox_head",
+    "enc_out_class_embed", "enc_out_bbox_embed", "encoder_output_bbox_embed", "predict_state", "predict_action",
+    "predict_return", "iou_prediction_head", "pred_obj_score_head", "class_labels_classifier", "bbox_predictor",
+})  # fmt: skip
 _LAYER_INDEX = re.compile(r"(?:^|.*?\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
 
 

@@ -169,7 +169,7 @@ def prepare(work: str, subject: Subject):
 def worker(work: str, subject: Subject, threads: int) -> None:
     """Serve requests {"case": ..., "runs": k} from standard input: seconds a run, and the peak of memory."""
     import torch
-    import transformers  # noqa: F401  (its import must not count as the model's memory)
+    import transformers
 
     import hf_rps  # noqa: F401
 
@@ -244,8 +244,8 @@ def bench(work: str, subjects: list[Subject], threads: int, rounds: int, seconds
     rows = []
     for case in workers[subjects[0]].cases:
         print(f"{case} ...", file=sys.stderr, flush=True)
-        estimate = [worker.run(case, 1, warm=True) for worker in workers.values()][0]["seconds"]
-        runs = max(1, round(seconds / estimate))
+        warm = {subject: process.run(case, 1, warm=True) for subject, process in workers.items()}
+        runs = max(1, round(seconds / warm[subjects[0]]["seconds"]))
         results = {subject: [] for subject in subjects}
         for _ in range(rounds):
             for subject, process in workers.items():

@@ -1,8 +1,9 @@
-"""Conformance of every kind of RPSLinear: the fast path against weights built from the definition, in all that autograd does."""
+"""Conformance of every kind of RPSLinear: the fast path against the definition, in all that autograd does."""
 
 import copy
 import pickle
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ class Network(nn.Module):
     def __init__(self, kind="linear", bias=True, dtype=torch.float64, grad_scaling="projection", **options):
         super().__init__()
         targets, dense = [], []
-        for i, (cols, rows) in enumerate(zip(SIZES, SIZES[1:], strict=False)):
+        for i, (cols, rows) in enumerate(pairwise(SIZES)):
             targets.append(Target(f"layers.{i}.proj", rows, cols, 0.1 * (i + 1)))
             layer = Conv1D(rows, cols) if kind == "conv1d" else nn.Linear(cols, rows, bias=bias)
             dense.append(layer.to(dtype))
@@ -91,13 +92,12 @@ def inputs(dtype=torch.float64):
 def test_forward_and_gradients_follow_the_definition(network):
     x = inputs()
     y = network(x)
+    biases = [layer.bias for layer in network.layers if layer.bias is not None]
     torch.testing.assert_close(y, network.by_definition(x, network.bank.psi))
-    grad_x, *grad_bias = torch.autograd.grad(
-        y.square().sum(), [x, *[l.bias for l in network.layers if l.bias is not None]]
-    )
+    grad_x, *grad_bias = torch.autograd.grad(y.square().sum(), [x, *biases])
     expected = torch.autograd.grad(
         network.by_definition(x, network.bank.psi).square().sum(),
-        [x, *[l.bias for l in network.layers if l.bias is not None]],
+        [x, *biases],
     )
     torch.testing.assert_close([grad_x, *grad_bias], list(expected))
     network(x).square().sum().backward()

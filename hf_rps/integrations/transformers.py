@@ -1,4 +1,4 @@
-"""The native checkpoint: save_pretrained writes the shared array once, from_pretrained builds layers on the meta device.
+"""The native checkpoint: save_pretrained writes the shared array once, from_pretrained builds layers on meta.
 
 RPS registers as a quantization method of transformers, which is the library's own extension point for models whose
 stored form is not their dense form. ``config.json`` then carries a ``quantization_config`` with the whole map (names,
@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rps.bank import Bank
 from hf_rps.config import RPSConfig
-from hf_rps.convert import BANK_NAME, convert, find_bank, install, map_name, module_name, to_dense
+from hf_rps.convert import BANK_NAME, convert, find_bank, install, module_name, to_dense
 from hf_rps.layers import RPSLinear
 from hf_rps.mapping import Target, WeightMap
 from hf_rps.targets import Conv1D, base_prefix
@@ -45,9 +45,9 @@ class RPSQuantizationConfig(QuantizationConfigMixin):
 
     Args:
         config: The RPSConfig, or None to take its fields from ``fields`` (as read from config.json).
-        fields: Fields of RPSConfig and, in a checkpoint: ``format_version``, ``n``, ``m``, ``fingerprint``, ``save_id``,
-            ``modules`` (["NAME ROWSxCOLS std STD", ...], in map order) and ``unused_modules`` (targets that the saved model
-            class does not have, such as the pooler of a masked language model).
+        fields: Fields of RPSConfig and, in a checkpoint: ``format_version``, ``n``, ``m``, ``fingerprint``,
+            ``save_id``, ``modules`` (["NAME ROWSxCOLS std STD", ...], in map order) and ``unused_modules`` (targets
+            that the saved model class does not have, such as the pooler of a masked language model).
     """
 
     def __init__(self, config: RPSConfig | None = None, quant_method: str = "rps", **fields):
@@ -194,8 +194,8 @@ class RPSQuantizer(HfQuantizer):
         if not offloaded:
             if not getattr(bank.psi, "_is_hf_initialized", False):
                 raise ValueError(
-                    f"the checkpoint has no shared array {bank_prefix(model)}.psi of {bank.weight_map.m} numbers: it is "
-                    f"incomplete, or belongs to another model"
+                    f"the checkpoint has no shared array {bank_prefix(model)}.psi of {bank.weight_map.m} numbers: it "
+                    f"is incomplete, or belongs to another model"
                 )
             if not torch.isfinite(bank.psi).all():
                 raise ValueError(
@@ -346,11 +346,10 @@ def check_files(files: list[str], config: RPSQuantizationConfig) -> None:
                 f"{file} was not written by hf_rps (it has no rps_fingerprint), but config.json beside it is of a "
                 f"compressed model. Put the dense checkpoint's own config.json there, or the compressed weights"
             )
-        for field, wanted in (("format_version", str(FORMAT_VERSION)), ("fingerprint", config.fingerprint), ("save_id", config.save_id)):  # fmt: skip
-            if metadata.get(f"rps_{field}") != wanted:
-                raise ValueError(
-                    f"{file} has rps_{field}={metadata.get(f'rps_{field}')!r}, but config.json says {wanted!r}. {remedy}"
-                )
+        for field in ("format_version", "fingerprint", "save_id"):
+            found, wanted = metadata.get(f"rps_{field}"), str(getattr(config, field))
+            if found != wanted:
+                raise ValueError(f"{file} has rps_{field}={found!r}, but config.json says {wanted!r}. {remedy}")
         names.update(keys)
         expected = metadata.get("rps_tensors")
     if str(len(names)) != expected:
