@@ -11,7 +11,7 @@ the process held before it built the model.
 
 Work:
     stack    12 blocks of the linear layers of BERT-base (hidden size 768): forward, and forward + backward, by tokens
-    step     a whole training step (forward, backward, clip, fused AdamW) of a GPT-2-small-shaped Llama
+    step     a whole training step (forward, backward, clip, AdamW) of a GPT-2-small-shaped Llama
     decode   one token with a KV cache, the same Llama
     load     from_pretrained of the same Llama, without memory mapping
 """
@@ -110,7 +110,7 @@ def llama_config():
     )  # fmt: skip
 
 
-def prepare(work: str, subject: Subject):
+def prepare(work: str, subject: Subject, tokens: list[int], fused: bool = False):
     """Build the subject and return {case: function to time} and sizes in bytes."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -125,8 +125,8 @@ def prepare(work: str, subject: Subject):
         dense_targets = size_report(model).n
     cases = {}
     if work == "stack":
-        for tokens in (1, 8, 128, 512):
-            x = torch.randn(tokens, 768)
+        for count in tokens:
+            x = torch.randn(count, 768)
 
             def forward(x=x):
                 with torch.no_grad():
@@ -136,8 +136,8 @@ def prepare(work: str, subject: Subject):
                 model(x).sum().backward()
                 model.zero_grad()
 
-            cases[f"forward, {tokens} tokens"] = forward
-            cases[f"forward + backward, {tokens} tokens"] = both
+            cases[f"forward, {count} tokens"] = forward
+            cases[f"forward + backward, {count} tokens"] = both
     elif work == "decode":
         from transformers import DynamicCache
 
@@ -152,9 +152,9 @@ def prepare(work: str, subject: Subject):
 
         cases["decode one token after 64"] = decode
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        for tokens in (16, 512):
-            ids = torch.randint(0, 8192, (1, tokens))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused or None)
+        for count in (16, 512):
+            ids = torch.randint(0, 8192, (1, count))
 
             def step(ids=ids):
                 model(ids, labels=ids).loss.backward()
@@ -162,11 +162,11 @@ def prepare(work: str, subject: Subject):
                 optimizer.step()
                 optimizer.zero_grad()
 
-            cases[f"AdamW step, {tokens} tokens"] = step
+            cases[f"{'fused ' if fused else ''}AdamW step, {count} tokens"] = step
     return cases, dense_targets
 
 
-def worker(work: str, subject: Subject, threads: int) -> None:
+def worker(work: str, subject: Subject, arguments: argparse.Namespace) -> None:
     """Serve requests {"case": ..., "runs": k} from standard input: seconds a run, and the peak of memory."""
     import torch
     import transformers
@@ -174,10 +174,10 @@ def worker(work: str, subject: Subject, threads: int) -> None:
     import hf_rps  # noqa: F401
 
     transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(arguments.threads)
     torch.ones(64, 64) @ torch.ones(64, 64)
     before = resident()
-    cases, targets = prepare(work, subject)
+    cases, targets = prepare(work, subject, arguments.tokens, arguments.fused)
     print(json.dumps({"cases": list(cases), "targets": targets}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -219,13 +219,13 @@ def load_worker(folder: str, threads: int) -> None:
 class Worker:
     """A subject in its process."""
 
-    def __init__(self, work: str, subject: Subject, threads: int):
+    def __init__(self, work: str, subject: Subject, arguments: argparse.Namespace):
         command = [sys.executable, __file__, "--worker", work, subject.form, str(subject.ratio)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen(
-            [*command, "--threads", str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment,
-        )  # fmt: skip
+        command += ["--threads", str(arguments.threads), "--tokens", *map(str, arguments.tokens)]
+        command += ["--fused"] if arguments.fused else []
+        environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         self.cases = json.loads(self.process.stdout.readline())["cases"]
 
     def run(self, case: str, runs: int, warm: bool = False) -> dict:
@@ -238,16 +238,16 @@ class Worker:
         self.process.wait()
 
 
-def bench(work: str, subjects: list[Subject], threads: int, rounds: int, seconds: float) -> list[dict]:
+def bench(work: str, subjects: list[Subject], arguments: argparse.Namespace) -> list[dict]:
     """Let all subjects do ``work`` in turn; one row a case and subject."""
-    workers = {subject: Worker(work, subject, threads) for subject in subjects}
+    workers = {subject: Worker(work, subject, arguments) for subject in subjects}
     rows = []
     for case in workers[subjects[0]].cases:
         print(f"{case} ...", file=sys.stderr, flush=True)
         warm = {subject: process.run(case, 1, warm=True) for subject, process in workers.items()}
-        runs = max(1, round(seconds / warm[subjects[0]]["seconds"]))
+        runs = max(1, round(arguments.seconds / warm[subjects[0]]["seconds"]))
         results = {subject: [] for subject in subjects}
-        for _ in range(rounds):
+        for _ in range(arguments.rounds):
             for subject, process in workers.items():
                 results[subject].append(process.run(case, runs))
         dense = results[subjects[0]]
@@ -340,6 +340,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of every subject")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of alternation; the median counts")
     parser.add_argument("--seconds", type=float, default=0.5, help="about how long the dense model works in a round")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 128, 512], help="tokens of the layer stack")
+    parser.add_argument("--fused", action="store_true", help="use the fused AdamW in every subject")
     parser.add_argument("--no-gather", action="store_true", help="leave out the index-gather form")
     parser.add_argument("--output", help="append one JSON line a row to this file")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
@@ -347,7 +349,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         work, form, ratio = arguments.worker
-        return worker(work, Subject(form, float(ratio)), arguments.threads)
+        return worker(work, Subject(form, float(ratio)), arguments)
     if arguments.load:
         return load_worker(arguments.load, arguments.threads)
     subjects = [Subject("dense")]
@@ -360,7 +362,7 @@ def main() -> None:
         if work == "load":
             rows += bench_load([s for s in subjects if s.form != "gather"], arguments.threads, arguments.rounds)
         else:
-            rows += bench(work, subjects, arguments.threads, arguments.rounds, arguments.seconds)
+            rows += bench(work, subjects, arguments)
     if "step" in arguments.only:
         rows += [state_bytes(ratio) for ratio in arguments.ratios]
     print(f"{arguments.threads} threads, {arguments.rounds} rounds\n\n{table(rows)}")
