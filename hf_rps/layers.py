@@ -104,8 +104,8 @@ class RPSLinear(nn.Module):
         weight = self.dense_weight().detach()
         dense = self._shell
         dense.train(self.training)
-        # clone, contiguous: at ratio 1 without sign the weight could be a view of psi
-        dense.register_parameter("weight", nn.Parameter(weight.clone(memory_format=torch.contiguous_format)))
+        weight = nn.Parameter(weight.contiguous(), requires_grad=self.bank.psi.requires_grad)
+        dense.register_parameter("weight", weight)
         dense.register_parameter("bias", self.bias)
         return dense
 

@@ -102,89 +102,110 @@ def _in_layers(config: RPSConfig, name: str) -> bool:
     return any(match and int(match["index"]) in wanted for match in found)
 
 
-def _quantised_problem(module: nn.Module) -> str | None:
+def _quantised(module: nn.Module) -> str | None:
+    """How a layer's weight is quantised, or None for float weights and layers without one."""
     weight = getattr(module, "weight", None)
     if isinstance(getattr(module, "qweight", None), torch.Tensor):
         return f"is quantised ({type(module).__name__})"
-    if isinstance(weight, nn.Parameter) and not weight.dtype.is_floating_point:
-        return f"has a weight of dtype {weight.dtype}"
-    if isinstance(weight, nn.Parameter) and weight.element_size() < 2:
-        return f"has an 8-bit weight ({weight.dtype})"
-    return None
+    if not (isinstance(module, nn.Linear) and isinstance(weight, nn.Parameter)):
+        return None
+    whole = weight.dtype.is_floating_point and weight.element_size() >= 2
+    return None if whole else f"has a weight of dtype {weight.dtype}"
 
 
-def _in_attention_of_torch(model: nn.Module) -> set[str]:
-    """Linear layers that nn.MultiheadAttention and nn.Transformer layers read by weight in fused kernels."""
+def _read_by_torch(model: nn.Module) -> set[nn.Module]:
+    """Linear layers whose weights torch's own attention and transformer layers read in fused kernels."""
     owners = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    found = set()
-    for name, module in model.named_modules():
-        if isinstance(module, owners):
-            found.update(f"{name}.{child}" if name else child for child, _ in module.named_modules() if child)
-    return found
+    return {child for owner in model.modules() if isinstance(owner, owners) for child in owner.modules()}
+
+
+def _default_names(model: nn.Module) -> list[str]:
+    """All linear layers, quantised ones too, of the base model but those that are output heads."""
+    base, prefix = base_model_of(model), base_prefix(model)
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [
+        name
+        for name, module in model.named_modules()
+        if (base is model or name.startswith(prefix))
+        and (_quantised(module) or is_linear(module))
+        and module is not output
+        and _HEAD_NAMES.isdisjoint(name.split("."))
+    ]
+
+
+def _chosen_names(model: nn.Module, config: RPSConfig) -> list[str]:
+    """The names that the config's fields choose, whether or not the modules can be shared."""
+    names = _default_names(model)
+    if _is_explicit(config):  # containers and activations have nothing to share, whatever a pattern matches
+        matched = ((n, m) for n, m in model.named_modules() if _matches(config.target_modules, n))
+        names = [name for name, module in matched if module._parameters or _quantised(module)]
+    kept_out = [rf"(^|.*\.){module}($|\..*)" for module in config.modules_to_save or ()]
+    return [
+        name
+        for name in names
+        if not (config.exclude_modules and _matches(config.exclude_modules, name))
+        and not any(re.match(pattern, name) for pattern in kept_out)
+        and _in_layers(config, f"{name}.")
+    ]
+
+
+def _is_explicit(config: RPSConfig) -> bool:
+    return config.target_modules is not None and config.target_modules != "all-linear"
 
 
 def find_targets(model: nn.Module, config: RPSConfig) -> list[Candidate]:
-    """The modules of ``model`` that ``config`` names, in the model's own order, each once.
+    """The modules of ``model`` that ``config`` chooses, in the model's own order, each once.
+
+    Linear layers that can't be shared (tied to another module, read by torch's fused kernels, empty) stay dense, unless
+    ``target_modules`` names them.
 
     Raises:
-        ValueError: Nothing matches; a named module is not a linear layer, is quantised, or is tied to another.
+        ValueError: Nothing is chosen; a chosen module is quantised; a named one can't be shared.
     """
     modules = dict(model.named_modules())
-    explicit = config.target_modules is not None and config.target_modules != "all-linear"
-    base, prefix = base_model_of(model), base_prefix(model)
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     uses = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
-    fused = _in_attention_of_torch(model)
-    candidates, tried = [], []
-    for name, module in modules.items():
-        quantised = _quantised_problem(module)
-        linear = quantised is None and is_linear(module)
-        if explicit:  # containers and activations have nothing to share, whatever a pattern matches
-            wanted = _matches(config.target_modules, name) and (quantised or len(module._parameters) > 0)
-        else:
-            head = module is output or any(part in _HEAD_NAMES for part in name.split("."))
-            wanted = (linear or quantised) and not head and (base is model or name.startswith(prefix))
-            wanted = wanted and not (quantised and not isinstance(module, nn.Linear) and not hasattr(module, "qweight"))
-        if not wanted or (config.exclude_modules and _matches(config.exclude_modules, name)):
-            continue
-        if config.modules_to_save and any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save):
-            continue
-        if not _in_layers(config, f"{name}."):
-            continue
-        tried.append(name)
-        if quantised:
+    read_by_torch = _read_by_torch(model)
+    candidates, unfit = [], []
+    for name in _chosen_names(model, config):
+        module = modules[name]
+        if quantised := _quantised(module):
             raise ValueError(
                 f"module {name!r} {quantised}; RPS shares float weights. Load the model unquantised, or leave the "
                 f"module out with exclude_modules."
             )
-        if linear and not explicit and module.weight.numel() == 0:
+        if not is_linear(module):
+            problem = f"a {type(module).__name__}, not a plain linear layer"
+        elif uses[id(module.weight)] > 1:
+            problem = "tied to another module"
+        elif module in read_by_torch:
+            problem = "part of a torch.nn attention or transformer layer, which reads its weight directly"
+        elif module.weight.numel() == 0:
+            problem = "empty"
+        else:
+            candidates.append(Candidate(name, module, isinstance(module, Conv1D)))
             continue
-        tied = linear and uses[id(module.weight)] > 1
-        if not linear or tied or name in fused:
-            if explicit:
-                what = "tied to another module" if tied else f"a {type(module).__name__}, not a plain linear layer"
-                raise ValueError(
-                    f"target_modules={config.target_modules!r} matches {name!r}, which is {what} and can't be shared. "
-                    f"Leave it out of target_modules, or name it in exclude_modules."
-                )
-            continue
-        candidates.append(Candidate(name, module, isinstance(module, Conv1D)))
+        if _is_explicit(config):
+            raise ValueError(
+                f"target_modules={config.target_modules!r} matches {name!r}, which is {problem} and can't be shared. "
+                f"Leave it out of target_modules, or name it in exclude_modules."
+            )
+        unfit.append(f"{name} ({problem})")
     if not candidates:
-        raise ValueError(_nothing_message(model, config, modules, tried))
+        raise ValueError(_nothing_message(model, config, modules, unfit))
     left = _left_dense(modules, {c.name for c in candidates})
     if left:
         logger.info("left dense: %s", ", ".join(f"{kind} ({count})" for kind, count in left.items()))
     return candidates
 
 
-def _nothing_message(model: nn.Module, config: RPSConfig, modules: dict, tried: list[str]) -> str:
+def _nothing_message(model: nn.Module, config: RPSConfig, modules: dict, unfit: list[str]) -> str:
     fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
     given = ", ".join(f"{f}={getattr(config, f)!r}" for f in fields if getattr(config, f) is not None)
     linear = [name for name, module in modules.items() if is_linear(module)]
     kinds = Counter(name.rsplit(".", 1)[-1] for name in linear)
     return (
         f"no module of {type(model).__name__} is left to compress with {given or 'the default target_modules'}"
-        f"{' (matched but unfit: ' + ', '.join(tried[:5]) + ')' if tried else ''}. Its linear layers are called "
+        f"{'; unfit are ' + ', '.join(unfit[:5]) if unfit else ''}. Its linear layers are called "
         f"{sorted(kinds) if kinds else '(it has none)'}; name some of them in target_modules."
     )
 

@@ -195,7 +195,7 @@ def test_an_adamw_step_moves_weights_by_the_learning_rate_times_root_of_the_comp
 
 def test_norm_scaling_keeps_the_size_of_gradients_at_ratio_a_thousandth(tiny, ids):
     """Clipping and Adam's eps keep their meaning: psi's gradient has the norm of the projected dense gradient."""
-    sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3}  # m = 590
+    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 3}
     norms = {}
     for scaling in ("norm", "projection"):
         model = get_rps_model(tiny("llama", **sizes), RPSConfig(ratio=0.001, grad_scaling=scaling))
@@ -239,6 +239,26 @@ def test_what_stays_dense_is_named_in_one_log_line(tiny, caplog):
     (record,) = caplog.records
     assert "Embedding model.embed_tokens" in record.message
     assert "Linear model.layers.*.mlp.down_proj (3)" in record.message
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_compile_of_a_whole_model(tiny, ids, kind):
+    torch._dynamo.reset()
+    model = get_rps_model(tiny(kind), RPSConfig(ratio=0.2))
+    expected = model(ids, labels=ids).loss
+    expected.backward()
+    gradient = find_bank(model).psi.grad.clone()
+    model.zero_grad()
+    loss = torch.compile(model, backend="aot_eager")(ids, labels=ids).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    torch.testing.assert_close(find_bank(model).psi.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_to_dense_keeps_what_is_frozen(tiny):
+    model = tiny("llama").requires_grad_(False)
+    to_dense(get_rps_model(model, RPSConfig()))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_base_model_alone_and_encoder_called_by_itself(tiny, ids):

@@ -1,0 +1,94 @@
+"""The ``quantization_config`` of a compressed model's config.json: what was asked for, and the map it led to."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_rps.config import RPSConfig
+from hf_rps.mapping import Target, WeightMap
+
+FORMAT_VERSION = 1
+_MODULE = re.compile(r"(.+) (\d+)x(\d+) std (\S+)")
+_RPS_FIELDS = tuple(f.name for f in dataclasses.fields(RPSConfig) if f.name not in
+                    {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+                     "inference_mode"})  # fmt: skip
+
+
+class RPSQuantizationConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a compressed checkpoint: an :class:`RPSConfig` and the map made with it.
+
+    Args:
+        config: The RPSConfig, or None to take its fields from ``fields`` (as read from config.json).
+        fields: Fields of RPSConfig and, in a checkpoint: ``format_version``, ``n``, ``m``, ``fingerprint``,
+            ``save_id``, ``modules`` (["NAME ROWSxCOLS std STD", ...], in map order) and ``unused_modules`` (targets
+            that the saved model class does not have, such as the pooler of a masked language model).
+    """
+
+    def __init__(self, config: RPSConfig | None = None, quant_method: str = "rps", **fields):
+        self.quant_method = quant_method
+        self.format_version = fields.pop("format_version", FORMAT_VERSION)
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"this checkpoint has RPS format_version={self.format_version!r}, and this hf_rps reads "
+                f"{FORMAT_VERSION}; install the version of hf_rps that wrote it"
+            )
+        self.n: int | None = fields.pop("n", None)
+        self.m: int | None = fields.pop("m", None)
+        self.fingerprint: str | None = fields.pop("fingerprint", None)
+        self.save_id: str | None = fields.pop("save_id", None)
+        self.modules: list[str] | None = fields.pop("modules", None)
+        self.unused_modules: list[str] = fields.pop("unused_modules", None) or []
+        unknown = sorted(set(fields) - set(_RPS_FIELDS))
+        if unknown:
+            raise ValueError(f"quantization_config has unknown fields {unknown}; known are {list(_RPS_FIELDS)}")
+        self.rps = copy.deepcopy(config) if config is not None else RPSConfig(**fields)
+
+    def to_dict(self) -> dict:
+        checkpoint = {k: v for k, v in self.__dict__.items() if k not in ("rps", "modules") and v not in (None, [])}
+        settings = {name: copy.deepcopy(getattr(self.rps, name)) for name in _RPS_FIELDS}
+        return checkpoint | settings | ({"modules": list(self.modules)} if self.modules else {})
+
+    def to_diff_dict(self) -> dict:
+        return self.to_dict()
+
+    def record(self, weight_map: WeightMap) -> None:
+        """Write the map into the config."""
+        self.n, self.m, self.fingerprint = weight_map.n, weight_map.m, weight_map.fingerprint
+        self.modules = [f"{t.name} {t.out_features}x{t.in_features} std {t.std!r}" for t in weight_map.targets]
+
+    def weight_map(self) -> WeightMap:
+        """Rebuild the recorded map and check it against the recorded n, m and fingerprint.
+
+        Raises:
+            ValueError: The record is incomplete or does not agree with itself.
+        """
+        if not isinstance(self.modules, list) or not self.modules:
+            raise ValueError(
+                "config.json has a quantization_config of method 'rps' without `modules`, so it does not say which "
+                "weights are shared. It was edited or not written by hf_rps; restore the config.json of the checkpoint"
+            )
+        targets = []
+        for text in self.modules:
+            match = _MODULE.fullmatch(text) if isinstance(text, str) else None
+            if match is None:
+                raise ValueError(
+                    f"quantization_config.modules holds {text!r}, expected 'NAME ROWSxCOLS std STD'; restore the "
+                    f"config.json of the checkpoint"
+                )
+            targets.append(Target(match[1], int(match[2]), int(match[3]), float(match[4])))
+        rps = self.rps
+        weight_map = WeightMap(targets, ratio=rps.ratio, seed=rps.seed, sharing=rps.sharing, mapping=rps.mapping,
+                               sign=rps.sign, init_std=rps.init_std)  # fmt: skip
+        for field in ("n", "m", "fingerprint"):
+            recorded, found = getattr(self, field), getattr(weight_map, field)
+            if recorded != found:
+                raise ValueError(
+                    f"the checkpoint's {field} is {recorded!r}, but its modules, ratio={rps.ratio!r}, "
+                    f"seed={rps.seed!r}, sharing={rps.sharing!r}, mapping={rps.mapping!r} and sign={rps.sign!r} "
+                    f"give {found!r}. Its weights would be read in the wrong places; restore its config.json"
+                )
+        return weight_map

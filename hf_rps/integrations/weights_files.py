@@ -1,0 +1,75 @@
+"""What identifies the weights files of one save, and the check that refuses files that do not belong together.
+
+Every file's metadata names the format version, the map's fingerprint, the save (a digest of all tensors, which
+config.json repeats) and how many tensors the save has. An interrupted save, in a new folder or over an old checkpoint,
+leaves files that disagree with each other, with config.json or with their own headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from hf_rps.convert import BANK_NAME
+from hf_rps.integrations.quantization_config import RPSQuantizationConfig
+
+
+def count_saved(model: nn.Module, state: dict[str, torch.Tensor]) -> int:
+    """How many of the tensors save_pretrained will write: all but ignored and tied ones."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    return len([key for key in state if key not in ignored and key not in tied])
+
+
+def content_id(state: dict[str, torch.Tensor]) -> str:
+    """Digest of all tensors, so that equal models are saved as equal files; random where they are not in memory."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        if tensor.is_meta or type(tensor).__name__ == "DTensor":
+            return uuid.uuid4().hex
+        data = tensor.detach().cpu().contiguous().flatten()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if data.numel():
+            digest.update(data.view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def check_files(files: list[str], config: RPSQuantizationConfig) -> None:
+    """Refuse weights files that are truncated, foreign, incomplete or of another save than config.json.
+
+    Raises:
+        ValueError: With the file, what is wrong with it and what to do.
+    """
+    remedy = "The save was interrupted or files of two saves are mixed; load another checkpoint or save it again"
+    names, expected = set(), None
+    for file in map(str, files):
+        if not file.endswith(".safetensors"):
+            raise ValueError(f"{file} is not a safetensors file; compressed checkpoints are safetensors only")
+        try:
+            with safe_open(file, framework="pt") as reader:
+                metadata, keys = reader.metadata() or {}, list(reader.keys())
+        except (SafetensorError, OSError) as error:
+            size = os.path.getsize(file) if os.path.exists(file) else 0
+            raise ValueError(
+                f"{file} ({size} bytes) is truncated or not a safetensors file ({error}). {remedy}"
+            ) from error
+        if "rps_fingerprint" not in metadata:
+            raise ValueError(
+                f"{file} was not written by hf_rps (it has no rps_fingerprint), but config.json beside it is of a "
+                f"compressed model. Put the dense checkpoint's own config.json there, or the compressed weights"
+            )
+        for field in ("format_version", "fingerprint", "save_id"):
+            found, wanted = metadata.get(f"rps_{field}"), str(getattr(config, field))
+            if found != wanted:
+                raise ValueError(f"{file} has rps_{field}={found!r}, but config.json says {wanted!r}. {remedy}")
+        names.update(keys)
+        expected = metadata.get("rps_tensors")
+    if str(len(names)) != expected:
+        raise ValueError(f"the checkpoint holds {len(names)} tensors of {expected} in {len(files)} files. {remedy}")
+    if not any(key == f"{BANK_NAME}.psi" or key.endswith(f".{BANK_NAME}.psi") for key in names):
+        raise ValueError(f"the checkpoint has no shared array ({BANK_NAME}.psi). {remedy}")
