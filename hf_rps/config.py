@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
-from hf_rps.mapping import MAPPINGS, SHARING, SIGNS
+from hf_rps.mapping import MAPPINGS, SHARING, SIGNS, Target, WeightMap
 
 GRAD_SCALINGS = ("projection", "norm", "none")
 INIT_WEIGHTS = (True, False, "project", "rescale")
@@ -155,4 +156,16 @@ class RPSConfig(PeftConfig):
             "init_std",
             std,
             "None (automatic) or a positive number",
+        )
+
+    def weight_map(self, targets: Sequence[Target]) -> WeightMap:
+        """The map of ``targets`` onto the shared array that these settings give."""
+        return WeightMap(
+            targets,
+            ratio=self.ratio,
+            seed=self.seed,
+            sharing=self.sharing,
+            mapping=self.mapping,
+            sign=self.sign,
+            init_std=self.init_std,
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_rps.bank import Bank
 from hf_rps.config import RPSConfig
 from hf_rps.layers import RPSLinear
-from hf_rps.mapping import Target, WeightMap
+from hf_rps.mapping import Target
 from hf_rps.targets import Candidate, base_model_of, base_prefix, find_targets
 
 BANK_NAME = "rps"  # of the bank inside the base model; state-dict keys end in "rps.psi"
@@ -64,15 +64,7 @@ def convert(model: nn.Module, config: RPSConfig) -> Bank:
     for candidate in candidates:
         _check_weight(candidate)
     targets = [Target(map_name(c.name, prefix), *c.weight.shape, std=_initial_std(c.weight)) for c in candidates]
-    weight_map = WeightMap(
-        targets,
-        ratio=config.ratio,
-        seed=config.seed,
-        sharing=config.sharing,
-        mapping=config.mapping,
-        sign=config.sign,
-        init_std=config.init_std,
-    )
+    weight_map = config.weight_map(targets)
     first = candidates[0].module.weight
     bank = Bank(weight_map, config.grad_scaling, device=first.device, dtype=first.dtype)
     bank.psi.requires_grad_(any(c.module.weight.requires_grad for c in candidates))

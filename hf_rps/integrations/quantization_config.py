@@ -81,8 +81,7 @@ class RPSQuantizationConfig(QuantizationConfigMixin):
                 )
             targets.append(Target(match[1], int(match[2]), int(match[3]), float(match[4])))
         rps = self.rps
-        weight_map = WeightMap(targets, ratio=rps.ratio, seed=rps.seed, sharing=rps.sharing, mapping=rps.mapping,
-                               sign=rps.sign, init_std=rps.init_std)  # fmt: skip
+        weight_map = rps.weight_map(targets)
         for field in ("n", "m", "fingerprint"):
             recorded, found = getattr(self, field), getattr(weight_map, field)
             if recorded != found:
