@@ -59,7 +59,6 @@ from transformers import (
     AutoTokenizer,
     ByT5Tokenizer,
     DataCollatorWithPadding,
-    ViTImageProcessorPil,
     default_data_collator,
     get_scheduler,
 )
@@ -68,6 +67,8 @@ from hf_rps import __version__, get_rps_model, size_report
 
 logger = logging.getLogger(__name__)
 
+# the one without torchvision; before it got a name of its own it was ViTImageProcessor
+ImageProcessor = getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
 AUTO_MODELS = {
     "text-classification": AutoModelForSequenceClassification,
     "image-classification": AutoModelForImageClassification,
@@ -135,7 +136,7 @@ def load_image_processor(args: ModelArguments, config, size: int | None):
     size = size or getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
     middle = [0.5] * channels
-    return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=middle, image_std=middle)
+    return ImageProcessor(size={"height": height, "width": width}, image_mean=middle, image_std=middle)
 
 
 def load_model(args: ModelArguments, task: str, config) -> nn.Module:

@@ -29,6 +29,13 @@ from hf_rps.targets import Conv1D, base_prefix
 logger = logging.getLogger(__name__)
 
 
+class _Patterns(set):
+    """A set of patterns that may also be added to a list, as transformers 5.0 does where later versions unite sets."""
+
+    def __add__(self, other):
+        return [*self, *other]
+
+
 class RPSQuantizer(HfQuantizer):
     """Loads and saves compressed models inside transformers' from_pretrained and save_pretrained."""
 
@@ -55,10 +62,8 @@ class RPSQuantizer(HfQuantizer):
         bank = next(iter(layers.values())).bank
         install(model, bank, layers)
         sentinel = re.escape(sentinel_key(model).removeprefix(base_prefix(model)))
-        model._keys_to_ignore_on_load_unexpected = {
-            *(model._keys_to_ignore_on_load_unexpected or ()),
-            rf"(^|\.){sentinel}$",
-        }
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, rf"(^|\.){sentinel}$"])
         if isinstance(device_map, dict):
             _place_bank(model, device_map)
 

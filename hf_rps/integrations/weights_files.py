@@ -46,13 +46,14 @@ def check_files(files: list[str], config: RPSQuantizationConfig) -> None:
         ValueError: With the file, what is wrong with it and what to do.
     """
     remedy = "The save was interrupted or files of two saves are mixed; load another checkpoint or save it again"
-    names, expected = set(), None
+    names, arrays, expected = set(), {}, None
     for file in map(str, files):
         if not file.endswith(".safetensors"):
             raise ValueError(f"{file} is not a safetensors file; compressed checkpoints are safetensors only")
         try:
             with safe_open(file, framework="pt") as reader:
                 metadata, keys = reader.metadata() or {}, list(reader.keys())
+                arrays |= {key: tuple(reader.get_slice(key).get_shape()) for key in keys if _is_psi(key)}
         except (SafetensorError, OSError) as error:
             size = os.path.getsize(file) if os.path.exists(file) else 0
             raise ValueError(
@@ -71,5 +72,9 @@ def check_files(files: list[str], config: RPSQuantizationConfig) -> None:
         expected = metadata.get("rps_tensors")
     if str(len(names)) != expected:
         raise ValueError(f"the checkpoint holds {len(names)} tensors of {expected} in {len(files)} files. {remedy}")
-    if not any(key == f"{BANK_NAME}.psi" or key.endswith(f".{BANK_NAME}.psi") for key in names):
-        raise ValueError(f"the checkpoint has no shared array ({BANK_NAME}.psi). {remedy}")
+    if list(arrays.values()) != [(config.m,)]:
+        raise ValueError(f"the checkpoint needs one {BANK_NAME}.psi of shape {(config.m,)}, but has {arrays}. {remedy}")
+
+
+def _is_psi(key: str) -> bool:
+    return f".{key}".endswith(f".{BANK_NAME}.psi")
