@@ -199,7 +199,7 @@ class Bank(nn.Module):
 
     # ---- the gradient's divisor
 
-    def _powers(self) -> list[tuple[int, float]]:
+    def _divisor_pieces(self) -> list[tuple[int, float]]:
         """(length, divisor) pieces over the m slots."""
         exponent = {"projection": 1.0, "norm": 0.5}[self.grad_scaling]
         return [(length, value**exponent) for length, value in self.weight_map.squared_scales]
@@ -209,7 +209,7 @@ class Bank(nn.Module):
         if self.grad_scaling == "none":
             return None
         if self.weight_map.mapping == "fold":
-            lengths, values = zip(*self._powers(), strict=True)
+            lengths, values = zip(*self._divisor_pieces(), strict=True)
             values = torch.tensor(values, dtype=dtype, device=device)
             return values.repeat_interleave(torch.tensor(lengths, device=device), output_size=self.weight_map.m)
         gamma = self._gamma if self.grad_scaling == "projection" else self._gamma.sqrt()
@@ -222,7 +222,7 @@ class Bank(nn.Module):
             return
         key = (gradient.device, gradient.dtype, self.grad_scaling)
         if key not in self._divisors:
-            pieces = self._powers() if self.weight_map.mapping == "fold" else []
+            pieces = self._divisor_pieces() if self.weight_map.mapping == "fold" else []
             if len(pieces) * _SHORT_PIECE <= self.weight_map.m and pieces:
                 lengths, values = zip(*pieces, strict=True)
                 self._divisors[key] = (list(lengths), list(values))

@@ -59,6 +59,12 @@ def get_rps_model(model: nn.Module, config: RPSConfig) -> nn.Module:
 
 def convert(model: nn.Module, config: RPSConfig) -> Bank:
     """Select targets, fit the shared array, swap the layers in. ``model`` changes only once all has succeeded."""
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    if len(devices) > 1:
+        raise ValueError(
+            f"this {type(model).__name__} is spread over {sorted(map(str, devices))} by its device_map; compress it on "
+            f"one device, save it, and load the compressed checkpoint with the device_map"
+        )
     candidates = find_targets(model, config)
     prefix = base_prefix(model)
     for candidate in candidates:

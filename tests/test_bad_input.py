@@ -125,6 +125,12 @@ def test_meta_weights(tiny):
     refuses(model, RPSConfig(), "meta device", "model.layers.0")
 
 
+def test_models_spread_over_devices(tiny):
+    model = tiny("llama")
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    refuses(model, RPSConfig(), "device_map", "['0', '1']")
+
+
 def test_peft_models(tiny):
     from peft import LoraConfig, get_peft_model
 
