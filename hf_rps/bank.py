@@ -120,19 +120,19 @@ class Bank(nn.Module):
             handle.remove()
 
     def _open(self, module, args) -> None:
-        if not torch.compiler.is_compiling():
-            depth = getattr(self._passes, "depth", 0)
-            if depth == 0:
-                self._passes.gates = {}
-                if not torch.is_grad_enabled():
-                    self._spare = None  # evaluation: training may be over, or wants its memory elsewhere
-            self._passes.depth = depth + 1
+        if torch.compiler.is_compiling():
+            return
+        # an opener that is called anew was never closed (its pass may have ended inside compiled code)
+        if getattr(self._passes, "opener", None) in (None, module):
+            self._passes.opener, self._passes.gates = module, {}
+            if not torch.is_grad_enabled():
+                self._spare = None  # evaluation: training may be over, or wants its memory elsewhere
 
     def _close(self, module, args, output) -> None:
-        if not torch.compiler.is_compiling():
-            self._passes.depth = max(0, getattr(self._passes, "depth", 0) - 1)
-            if self._passes.depth == 0:
-                self._passes.gates = None
+        if torch.compiler.is_compiling():
+            return
+        if getattr(self._passes, "opener", None) is module:
+            self._passes.opener = self._passes.gates = None
 
     def gated(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, GradientBuffer | None]:
         """psi (m,) on ``device`` in ``dtype`` behind this pass's gate, and the gate's buffer (None: no gradient)."""

@@ -461,3 +461,14 @@ def test_no_dense_tensor_is_made(monkeypatch):
 def test_data_parallel_is_refused():
     with pytest.raises(RuntimeError, match="one process per GPU"):
         Network().layers[0]._replicate_for_data_parallel()
+
+
+def test_a_pass_that_was_never_closed_does_not_outlive_the_next_call(network):
+    """Compiled code may end a pass without its closing hook; the next call must not find that pass's gates."""
+    network.bank._open(network, ())
+    network.layers[0](inputs())
+    with torch.no_grad():
+        network.bank.psi.mul_(2)
+    x = inputs()
+    torch.testing.assert_close(network(x), network.by_definition(x, network.bank.psi))
+    assert network.bank._passes.gates is None
