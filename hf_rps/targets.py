@@ -23,7 +23,6 @@ _HEAD_NAMES = frozenset({
     "enc_out_class_embed", "enc_out_bbox_embed", "encoder_output_bbox_embed", "predict_state", "predict_action",
     "predict_return", "iou_prediction_head", "pred_obj_score_head", "class_labels_classifier", "bbox_predictor",
 })  # fmt: skip
-_LAYER_INDEX = re.compile(r"(?:^|.*?\.)(?P<list>[^.]+)\.(?P<index>\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,8 @@ def _in_layers(config: RPSConfig, name: str) -> bool:
         return True
     wanted = config.layers_to_transform
     wanted = [wanted] if isinstance(wanted, int) else wanted
-    patterns = config.layers_pattern
+    patterns = config.layers_pattern or r"[^.]+"  # by default the first module list on the way
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    if not patterns:
-        match = _LAYER_INDEX.match(name)
-        return match is not None and int(match["index"]) in wanted
     found = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name) for pattern in patterns)
     return any(match and int(match["index"]) in wanted for match in found)
 

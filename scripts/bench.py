@@ -111,18 +111,16 @@ def llama_config():
 
 
 def prepare(work: str, subject: Subject, tokens: list[int], fused: bool = False):
-    """Build the subject and return {case: function to time} and sizes in bytes."""
+    """Build the subject and return {case: function to time}."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hf_rps import get_rps_model, size_report
+    from hf_rps import get_rps_model
 
     torch.manual_seed(0)
     model = linear_stack() if work == "stack" else AutoModelForCausalLM.from_config(llama_config())
-    dense_targets = 0
     if subject.form != "dense":
         get_rps_model(model, subject.config())
-        dense_targets = size_report(model).n
     cases = {}
     if work == "stack":
         for count in tokens:
@@ -163,7 +161,7 @@ def prepare(work: str, subject: Subject, tokens: list[int], fused: bool = False)
                 optimizer.zero_grad()
 
             cases[f"{'fused ' if fused else ''}AdamW step, {count} tokens"] = step
-    return cases, dense_targets
+    return cases
 
 
 def worker(work: str, subject: Subject, arguments: argparse.Namespace) -> None:
@@ -177,8 +175,8 @@ def worker(work: str, subject: Subject, arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     torch.ones(64, 64) @ torch.ones(64, 64)
     before = resident()
-    cases, targets = prepare(work, subject, arguments.tokens, arguments.fused)
-    print(json.dumps({"cases": list(cases), "targets": targets}), flush=True)
+    cases = prepare(work, subject, arguments.tokens, arguments.fused)
+    print(json.dumps({"cases": list(cases)}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         case = cases[request["case"]]

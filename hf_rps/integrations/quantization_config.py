@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -13,9 +12,7 @@ from hf_rps.mapping import Target, WeightMap
 
 FORMAT_VERSION = 1
 _MODULE = re.compile(r"(.+) (\d+)x(\d+) std (\S+)")
-_RPS_FIELDS = tuple(f.name for f in dataclasses.fields(RPSConfig) if f.name not in
-                    {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-                     "inference_mode"})  # fmt: skip
+_RPS_FIELDS = tuple(RPSConfig.__annotations__)  # its own fields, not those it inherits from PeftConfig
 
 
 class RPSQuantizationConfig(QuantizationConfigMixin):
