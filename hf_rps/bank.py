@@ -1,69 +1,16 @@
-"""The bank: the module that owns the shared array psi, and the gate through which every use of psi passes.
-
-One *gate*, an autograd node, stands between psi and all its uses in one forward pass. Backward passes of layers add
-into the gate's gradient buffer, and the gate hands the sum, divided slot by slot as ``grad_scaling`` says, to psi
-once. So whatever hooks on psi (DDP, FSDP, gradient accumulation, clipping, GradScaler) sees one ordinary gradient.
-The gate also casts psi once a pass to the compute dtype and copies it once to each device that layers live on.
-"""
+"""The bank: the module that owns the shared array psi of a compressed model."""
 
 from __future__ import annotations
-
-import threading
 
 import torch
 from torch import Tensor, nn
 
 from hf_rps.functional import GradientBuffer
 from hf_rps.mapping import WeightMap
-
-_SHORT_PIECE = 4096  # mean piece of Gamma (slots) below which one array of divisors is cheaper than a pass a piece
-
-
-def _storage_uses(tensor: Tensor) -> int:
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+from hf_rps.shared_array import SharedArray
 
 
-class _Gate(torch.autograd.Function):
-    """Identity (or a cast made beforehand) from psi to its uses; backward returns buffer and gradient, divided."""
-
-    @staticmethod
-    def forward(ctx, psi, cast, buffer, bank):
-        ctx.set_materialize_grads(False)
-        ctx.buffer, ctx.bank, ctx.dtype = buffer, bank, psi.dtype
-        source = psi if cast is None else cast
-        return source.view_as(source)
-
-    @staticmethod
-    def backward(ctx, grad):
-        total = ctx.buffer.take()
-        if total is not None and not torch.is_grad_enabled():
-            if grad is not None:
-                total.add_(grad)
-            ctx.bank.divide_(total)
-            ctx.bank.recycle(total)
-        elif grad is not None:  # from the plain path; the tensor is not ours to write to
-            total = grad if total is None else grad + total
-            total = total.to(torch.promote_types(total.dtype, torch.float32))
-            divisor = ctx.bank.divisor(total.device, total.dtype)
-            total = total if divisor is None else total / divisor
-        return (None if total is None else total.to(ctx.dtype)), None, None, None
-
-
-class _Divide(torch.autograd.Function):
-    """Identity whose gradient is divided: the gate of the plain path, which has no buffer and can be traced."""
-
-    @staticmethod
-    def forward(ctx, psi, divisor):
-        ctx.save_for_backward(divisor)
-        return psi.view_as(psi)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (divisor,) = ctx.saved_tensors
-        return grad / divisor, None
-
-
-class Bank(nn.Module):
+class Bank(SharedArray, nn.Module):
     """Owner of the shared array.
 
     Args:
@@ -71,165 +18,24 @@ class Bank(nn.Module):
         grad_scaling: "projection", "norm" or "none"; see :class:`hf_rps.RPSConfig`.
         device, dtype: Of psi (m,), which is left uninitialised.
 
-    Layers keep the bank in an unregistered reference and read ``bank.psi`` at call time, through :meth:`gated`, because
-    loaders and wrappers (transformers, FSDP2, offloading) replace the parameter object.
+    Layers keep the bank in an unregistered reference, so that psi is saved and sharded once.
     """
 
     def __init__(self, weight_map: WeightMap, grad_scaling: str = "projection", device=None, dtype=None):
-        super().__init__()
+        nn.Module.__init__(self)
+        SharedArray.__init__(self, weight_map, grad_scaling)
         self.psi = nn.Parameter(torch.empty(weight_map.m, device=device, dtype=dtype))
-        self.weight_map = weight_map
-        self.grad_scaling = grad_scaling
-        # Gamma slot by slot, only for the mappings where it has no pieces (made here: compilers can't trace it)
-        self._gamma = None if weight_map.mapping == "fold" else torch.from_numpy(weight_map.squared_scale_array())
-        self._reset()
-
-    def _reset(self) -> None:
-        self._passes = threading.local()  # the forward pass that is open in this thread
-        self._recomputation: tuple[int, dict] = (-1, {})  # gates made inside the backward pass of this graph task
-        self._divisors: dict = {}
-        self._spare: Tensor | None = None  # an alias of the last gradient, whose memory the next one may take
-
-    def __getstate__(self):
-        state = self.__dict__.copy()
-        for name in ("_passes", "_recomputation", "_divisors", "_spare"):
-            del state[name]
-        return state
 
     def __setstate__(self, state):
-        super().__setstate__(state)
+        nn.Module.__setstate__(self, state)
         self._reset()
+
+    def forward(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, GradientBuffer | None]:
+        """Make a gate; see :meth:`SharedArray.make_gate`."""
+        return self.make_gate(device, dtype)
+
+    def _call_gate(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, GradientBuffer | None]:
+        return self(device, dtype)
 
     def extra_repr(self) -> str:
         return f"n={self.weight_map.n}, m={self.weight_map.m}, grad_scaling={self.grad_scaling!r}"
-
-    # ---- one gate per forward pass
-
-    def watch(self, module: nn.Module) -> None:
-        """Make every forward call of ``module`` a pass: its layers share one gate. Nested calls join the outer one.
-
-        Layers called outside any pass are right too; each call then makes a gate of its own.
-        """
-        self._handles = getattr(self, "_handles", [])
-        self._handles.append(module.register_forward_pre_hook(self._open))
-        self._handles.append(module.register_forward_hook(self._close, always_call=True))
-
-    def unwatch(self) -> None:
-        """Remove the hooks that :meth:`watch` added."""
-        for handle in self.__dict__.pop("_handles", []):
-            handle.remove()
-
-    def _open(self, module, args) -> None:
-        if torch.compiler.is_compiling():
-            return
-        # an opener that is called anew was never closed (its pass may have ended inside compiled code)
-        if getattr(self._passes, "opener", None) in (None, module):
-            self._passes.opener, self._passes.gates = module, {}
-            if not torch.is_grad_enabled():
-                self._spare = None  # evaluation: training may be over, or wants its memory elsewhere
-
-    def _close(self, module, args, output) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if getattr(self._passes, "opener", None) is module:
-            self._passes.opener = self._passes.gates = None
-
-    def gated(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, GradientBuffer | None]:
-        """psi (m,) on ``device`` in ``dtype`` behind this pass's gate, and the gate's buffer (None: no gradient)."""
-        gates = getattr(self._passes, "gates", None)
-        if gates is None:
-            gates = self._recomputed_gates()
-        if gates is None:
-            return self(device, dtype)
-        key = (device, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        entry = gates.get(key)
-        if entry is None:
-            # called as a module, so that the hooks of offloading and sharding put psi in place
-            entry = gates[key] = self(device, dtype)
-        return entry
-
-    def _recomputed_gates(self) -> dict | None:
-        """The gates of layers that run inside a backward pass (gradient checkpointing), dropped at its end."""
-        task = torch._C._current_graph_task_id()
-        if task == -1:
-            return None
-        if self._recomputation[0] != task:
-            self._recomputation = (task, {})
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_recomputation)
-        return self._recomputation[1]
-
-    def _end_recomputation(self) -> None:
-        self._recomputation = (-1, {})
-
-    def forward(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, GradientBuffer | None]:
-        """Make a gate: psi on ``device`` in ``dtype`` and the buffer for its gradient. Use :meth:`gated`."""
-        psi = self.psi if self.psi.device == device else self.psi.to(device)
-        if not (torch.is_grad_enabled() and psi.requires_grad):
-            return psi.detach().to(dtype), None
-        buffer = GradientBuffer(self._new_buffer)
-        cast = None if psi.dtype == dtype else psi.detach().to(dtype)
-        return _Gate.apply(psi, cast, buffer, self), buffer
-
-    def plain(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """psi (m,) on ``device`` in ``dtype`` for the plain path: ordinary operations that compilers can trace."""
-        psi = self.psi.to(device)
-        if self.grad_scaling != "none" and torch.is_grad_enabled() and psi.requires_grad:
-            psi = _Divide.apply(psi, self.divisor(device, torch.promote_types(psi.dtype, torch.float32)))
-        return psi.to(dtype)
-
-    # ---- memory of the gradient
-
-    def _new_buffer(self, psi: Tensor) -> Tensor:
-        """Zeros (m,) of float32 (float64 for a float64 psi), in the memory of the last gradient if nobody holds that.
-
-        ``zero_grad`` drops the gradient every step, and the C library hands a block of this size back to the system:
-        taking a fresh one costs a page fault every 4 KiB. CUDA's caching allocator has no such cost.
-        """
-        dtype = torch.promote_types(psi.dtype, torch.float32)
-        spare, self._spare = self._spare, None
-        fits = spare is not None and (spare.device, spare.dtype, spare.shape) == (psi.device, dtype, psi.shape)
-        if fits and _storage_uses(spare) == _storage_uses(torch.empty(0)):
-            return spare.zero_()
-        return torch.zeros_like(psi, dtype=dtype)
-
-    def recycle(self, gradient: Tensor) -> None:
-        """Remember the memory of ``gradient``; it is taken only once nothing else refers to it."""
-        if gradient.device.type == "cpu" and hasattr(torch._C, "_storage_Use_Count"):
-            self._spare = gradient.detach()
-
-    # ---- the gradient's divisor
-
-    def _divisor_pieces(self) -> list[tuple[int, float]]:
-        """(length, divisor) pieces over the m slots."""
-        exponent = {"projection": 1.0, "norm": 0.5}[self.grad_scaling]
-        return [(length, value**exponent) for length, value in self.weight_map.squared_scales]
-
-    def divisor(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-        """What psi's gradient is divided by, (m,): Gamma, its square root, or None for 1."""
-        if self.grad_scaling == "none":
-            return None
-        if self.weight_map.mapping == "fold":
-            lengths, values = zip(*self._divisor_pieces(), strict=True)
-            values = torch.tensor(values, dtype=dtype, device=device)
-            return values.repeat_interleave(torch.tensor(lengths, device=device), output_size=self.weight_map.m)
-        gamma = self._gamma if self.grad_scaling == "projection" else self._gamma.sqrt()
-        return gamma.masked_fill(gamma == 0, 1.0).to(device, dtype)  # a slot that no weight reads has no gradient
-
-    @torch.no_grad()
-    def divide_(self, gradient: Tensor) -> None:
-        """Divide ``gradient`` (m,) by the divisor, in place; where Gamma has long pieces, without an array for it."""
-        if self.grad_scaling == "none":
-            return
-        key = (gradient.device, gradient.dtype, self.grad_scaling)
-        if key not in self._divisors:
-            pieces = self._divisor_pieces() if self.weight_map.mapping == "fold" else []
-            if len(pieces) * _SHORT_PIECE <= self.weight_map.m and pieces:
-                lengths, values = zip(*pieces, strict=True)
-                self._divisors[key] = (list(lengths), list(values))
-            else:
-                self._divisors[key] = self.divisor(gradient.device, gradient.dtype)
-        divisor = self._divisors[key]
-        if isinstance(divisor, Tensor):
-            gradient.div_(divisor)
-        else:
-            torch._foreach_div_(list(gradient.split(divisor[0])), divisor[1])

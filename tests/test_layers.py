@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_rps.bank import Bank
 from hf_rps.functional import dense_weight, rps_linear_reference
-from hf_rps.layers import LazyWeight, RPSLinear
+from hf_rps.layers import RPSLinear
 from hf_rps.mapping import Target, WeightMap
+from hf_rps.weight import LazyWeight
 
 KINDS = {
     "linear": {"kind": "linear"},
@@ -426,12 +427,12 @@ def test_lazy_weight_reads_as_a_tensor(network):
 def test_reference_equals_weight_by_definition():
     network = Network(ratio=0.004)
     layer, psi = network.layers[1], network.bank.psi
-    factor = layer.factor(psi.device, psi.dtype).view(-1)
-    weight = dense_weight(psi, layer.layout, factor)
+    factor = layer.shared.factor(psi.device, psi.dtype).view(-1)
+    weight = dense_weight(psi, layer.shared.layout, factor)
     slots = torch.from_numpy(network.bank.weight_map.slots(layer.name))
     torch.testing.assert_close(weight, psi[slots] * factor[:, None])
     x = torch.randn(2, layer.in_features, dtype=torch.float64)
-    torch.testing.assert_close(rps_linear_reference(x, psi, layer.layout, factor, layer.bias), layer(x))
+    torch.testing.assert_close(rps_linear_reference(x, psi, layer.shared.layout, factor, layer.bias), layer(x))
 
 
 def test_no_dense_tensor_is_made(monkeypatch):
