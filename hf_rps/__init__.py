@@ -2,7 +2,8 @@
 
 from hf_rps.config import RPSConfig
 from hf_rps.convert import get_rps_model, to_dense
-from hf_rps.integrations.transformers import register as _register
+from hf_rps.integrations import peft as _peft
+from hf_rps.integrations import transformers as _transformers
 from hf_rps.report import SizeReport, size_report
 from hf_rps.version import __version__
 
@@ -15,4 +16,5 @@ __all__ = [
     "to_dense",
 ]
 
-_register()
+_transformers.register()
+_peft.register()

@@ -6,10 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
+from hf_rps import peft_type
 from hf_rps.mapping import MAPPINGS, SHARING, SIGNS, Target, WeightMap
 
+MODES = ("replace", "delta")
+BIASES = ("none", "all", "rps_only")
 GRAD_SCALINGS = ("projection", "norm", "none")
 INIT_WEIGHTS = (True, False, "project", "rescale")
 
@@ -36,6 +39,9 @@ class RPSConfig(PeftConfig):
 
     Args:
         ratio: Stored numbers over targeted weights, m / n, in (0, 1]. 0.1 stores a tenth; 1 is the dense model itself.
+        mode: "replace" (default): the shared array stands for the targeted weights, which are freed. "delta", with
+            PEFT only: it stands for a change of them, W = W0 + RPS(psi), zero at first: an adapter of full rank, for
+            ratios like 0.001.
         seed: Seed of the mapping (rotations and signs). It does not drive torch's generator.
         target_modules: Names (suffixes) of the modules to share, a regular expression over full names, or
             "all-linear". Default None: every attention and MLP projection of the base model, that is every linear
@@ -44,6 +50,8 @@ class RPSConfig(PeftConfig):
         layers_to_transform: Index or indices of the transformer layers to share; default all.
         layers_pattern: Name of the module list that ``layers_to_transform`` counts, if it is not one of the usual.
         modules_to_save: Names (suffixes) of further modules to leave dense and, with PEFT, to train and save.
+        bias: With PEFT, which biases to train and save: "none" (default), "all" of the model, or those of the targeted
+            modules ("rps_only").
         sharing: "global" shares one array between all targets (the best accuracy at equal m); "block" gives each
             transformer block, "module" each module, a segment of its own.
         mapping: "fold" (RANDOMFOLD, weights are views, dense speed). "roast" (hashed tiles of 64 weights, ICML 2023)
@@ -60,7 +68,10 @@ class RPSConfig(PeftConfig):
         init_weights: Where the shared array starts. True (default): "project" for weights loaded from a checkpoint,
             "rescale" for randomly initialised ones. "project": the least-squares fit, sum(scale sign w) / Gamma_j.
             "rescale": sum(sign w / scale) / sqrt(count_j), which keeps every module's own std. Both are exact
-            at ratio 1. False: independent draws from N(0, C**2) of torch's generator.
+            at ratio 1. False: independent draws from N(0, C**2) of torch's generator. With ``mode="delta"`` True is
+            zero and False is draws.
+        modules, fingerprint: The map, recorded in the config of a PEFT adapter when it is made and checked when it is
+            loaded. Leave them out.
 
     Raises:
         ValueError: A field is out of its range; the message names field, value and what is expected.
@@ -72,6 +83,10 @@ class RPSConfig(PeftConfig):
     """
 
     ratio: float = field(default=0.1, metadata={"help": "Stored numbers over targeted weights, m / n, in (0, 1]."})
+    mode: str = field(
+        default="replace",
+        metadata={"help": "'replace' the weights or, with PEFT, add a 'delta' to them.", "choices": MODES},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the mapping (rotations and signs)."})
     target_modules: list[str] | str | None = field(
         default=None,
@@ -89,6 +104,9 @@ class RPSConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to leave dense and, with PEFT, to train and save."}
     )
+    bias: str = field(
+        default="none", metadata={"help": "With PEFT, biases to train: 'none', 'all' or 'rps_only'.", "choices": BIASES}
+    )
     sharing: str = field(default="global", metadata={"help": "'global', 'block' or 'module'.", "choices": SHARING})
     mapping: str = field(default="fold", metadata={"help": "'fold'; slow: 'roast', 'hash'.", "choices": MAPPINGS})
     sign: str = field(default="row", metadata={"help": "'row', 'element' (slow) or 'none'.", "choices": SIGNS})
@@ -103,13 +121,15 @@ class RPSConfig(PeftConfig):
     init_weights: bool | str = field(
         default=True, metadata={"help": "True (automatic), False (fresh draws), 'project' or 'rescale'."}
     )
+    modules: list[str] | None = field(default=None, metadata={"help": "Recorded with an adapter; leave out."})
+    fingerprint: str | None = field(default=None, metadata={"help": "Recorded with an adapter; leave out."})
 
     # what from_pretrained(quantization_config=RPSConfig(...)) and transformers' registry ask for
     quant_method = "rps"
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = "RPS"
+        self.peft_type = PeftType(peft_type.NAME)
         number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
         _check(
             number and 0 < self.ratio <= 1,
@@ -139,6 +159,8 @@ class RPSConfig(PeftConfig):
             "None, a layer index or a list of them",
         )
         for name, choices in (
+            ("mode", MODES),
+            ("bias", BIASES),
             ("sharing", SHARING),
             ("mapping", MAPPINGS),
             ("sign", SIGNS),
@@ -149,6 +171,8 @@ class RPSConfig(PeftConfig):
         initial = self.init_weights
         known = isinstance(initial, bool) or (isinstance(initial, str) and initial in INIT_WEIGHTS)
         _check(known, "init_weights", initial, f"one of {list(INIT_WEIGHTS)}")
+        delta = self.mode == "delta"
+        _check(not delta or isinstance(initial, bool), "init_weights", initial, "True or False with mode='delta'")
         std = self.init_std
         number = isinstance(std, (int, float)) and not isinstance(std, bool)
         _check(
@@ -157,6 +181,11 @@ class RPSConfig(PeftConfig):
             std,
             "None (automatic) or a positive number",
         )
+        for name, ok in (
+            ("modules", self.modules is None or _is_names(self.modules)),
+            ("fingerprint", self.fingerprint is None or isinstance(self.fingerprint, str)),
+        ):
+            _check(ok, name, getattr(self, name), "None; it is recorded when an adapter is made")
 
     def weight_map(self, targets: Sequence[Target]) -> WeightMap:
         """The map of ``targets`` onto the shared array that these settings give."""
@@ -169,3 +198,18 @@ class RPSConfig(PeftConfig):
             sign=self.sign,
             init_std=self.init_std,
         )
+
+    def record(self, weight_map: WeightMap) -> None:
+        """Remember the map of the adapter made with this config, to be saved with it.
+
+        The fields stay as they are, so that one config can be used for several models.
+        """
+        self._weight_map = weight_map
+
+    def to_dict(self) -> dict:
+        """The fields, and the recorded map among them."""
+        recorded = getattr(self, "_weight_map", None)
+        if recorded is None:
+            return super().to_dict()
+        modules = [str(target) for target in recorded.targets]
+        return super().to_dict() | {"modules": modules, "fingerprint": recorded.fingerprint}

@@ -11,7 +11,9 @@ from hf_rps.bank import Bank
 from hf_rps.config import RPSConfig
 from hf_rps.layers import RPSLinear
 from hf_rps.mapping import Target
+from hf_rps.shared_array import SharedArray
 from hf_rps.targets import Candidate, base_model_of, base_prefix, find_targets
+from hf_rps.weight import LazyWeight
 
 BANK_NAME = "rps"  # of the bank inside the base model; state-dict keys end in "rps.psi"
 _OUTSIDE = "/"  # marks a target outside the base model in a map, whose names are otherwise relative to it
@@ -38,6 +40,11 @@ def get_rps_model(model: nn.Module, config: RPSConfig) -> nn.Module:
     """
     if not isinstance(config, RPSConfig):
         raise ValueError(f"config must be an hf_rps.RPSConfig, got {type(config).__name__}: {config!r}")
+    if config.mode != "replace":
+        raise ValueError(
+            f"get_rps_model replaces weights, got RPSConfig(mode={config.mode!r}); add an adapter to a model with "
+            f"peft.get_peft_model(model, config)"
+        )
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch module, got {type(model).__name__}")
     if find_bank(model) is not None:
@@ -68,8 +75,8 @@ def convert(model: nn.Module, config: RPSConfig) -> Bank:
     candidates = find_targets(model, config)
     prefix = base_prefix(model)
     for candidate in candidates:
-        _check_weight(candidate)
-    targets = [Target(map_name(c.name, prefix), *c.weight.shape, std=_initial_std(c.weight)) for c in candidates]
+        check_weight(candidate)
+    targets = [Target(map_name(c.name, prefix), *c.weight.shape, std=initial_std(c.weight)) for c in candidates]
     weight_map = config.weight_map(targets)
     first = candidates[0].module.weight
     bank = Bank(weight_map, config.grad_scaling, device=first.device, dtype=first.dtype)
@@ -144,7 +151,8 @@ def to_dense(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_weight(candidate: Candidate) -> None:
+def check_weight(candidate: Candidate) -> None:
+    """Raise a ValueError unless the weight of ``candidate`` is in memory and finite."""
     weight = candidate.module.weight
     if weight.is_meta:
         raise ValueError(
@@ -156,21 +164,26 @@ def _check_weight(candidate: Candidate) -> None:
         raise ValueError(f"the weight of {candidate.name!r} {what}; leave it out with exclude_modules, or repair it")
 
 
-def _initial_std(weight: Tensor) -> float:
+def initial_std(weight: Tensor) -> float:
     """RMS of a weight, to three digits (it is written to config.json); for an all-zero weight 1 / sqrt(in_features)."""
     std = weight.detach().double().square().mean().sqrt().item()
     return float(f"{std or 1 / math.sqrt(weight.shape[1]):.3g}")
 
 
+def _is_trained(weight: Tensor | LazyWeight) -> bool:
+    """True for weights that come from a checkpoint, or from another adapter, rather than from random initialisation."""
+    return isinstance(weight, LazyWeight) or getattr(weight, "_is_hf_initialized", False)
+
+
 @torch.no_grad()
-def initialise(bank: Bank, candidates: list[Candidate], how: bool | str) -> None:
+def initialise(bank: SharedArray, candidates: list[Candidate], how: bool | str) -> None:
     """Set psi from the dense weights; see ``init_weights`` of :class:`hf_rps.RPSConfig`."""
     weight_map = bank.weight_map
     if how is False:
         nn.init.normal_(bank.psi, std=weight_map.init_std)
         return
     if how is True:
-        loaded = sum(c.weight.numel() for c in candidates if getattr(c.module.weight, "_is_hf_initialized", False))
+        loaded = sum(c.weight.numel() for c in candidates if _is_trained(c.module.weight))
         how = "project" if 2 * loaded > weight_map.n else "rescale"
     total = torch.zeros(weight_map.m, dtype=torch.promote_types(bank.psi.dtype, torch.float32), device=bank.psi.device)
     weights = torch.zeros_like(total)  # Gamma_j, or the number of weights on slot j

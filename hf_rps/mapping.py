@@ -41,6 +41,22 @@ class Target:
     def numel(self) -> int:
         return self.out_features * self.in_features
 
+    def __str__(self) -> str:
+        """The form in which configs record a target."""
+        return f"{self.name} {self.out_features}x{self.in_features} std {self.std!r}"
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Inverse of ``str(target)``.
+
+        >>> Target.parse("layer.0.q 8x4 std 0.02")
+        Target(name='layer.0.q', out_features=8, in_features=4, std=0.02)
+        """
+        match = re.fullmatch(r"(.+) (\d+)x(\d+) std (\S+)", text) if isinstance(text, str) else None
+        if match is None:
+            raise ValueError(f"recorded module {text!r} is not of the form 'NAME ROWSxCOLS std STD'")
+        return cls(match[1], int(match[2]), int(match[3]), float(match[4]))
+
 
 def sharing_group(name: str, sharing: str) -> str:
     """The group of module ``name``: one for all ("global"), one a numbered block ("block"), one each ("module").

@@ -109,19 +109,19 @@ def _quantised(module: nn.Module) -> str | None:
     return None if whole else f"has a weight of dtype {weight.dtype}"
 
 
-def _read_by_torch(model: nn.Module) -> set[nn.Module]:
+def _read_by_torch(modules: dict[str, nn.Module]) -> set[nn.Module]:
     """Linear layers whose weights torch's own attention and transformer layers read in fused kernels."""
     owners = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    return {child for owner in model.modules() if isinstance(owner, owners) for child in owner.modules()}
+    return {child for owner in modules.values() if isinstance(owner, owners) for child in owner.modules()}
 
 
-def _default_names(model: nn.Module) -> list[str]:
+def _default_names(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     """All linear layers, quantised ones too, of the base model but those that are output heads."""
     base, prefix = base_model_of(model), base_prefix(model)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if (base is model or name.startswith(prefix))
         and (_quantised(module) or is_linear(module))
         and module is not output
@@ -129,11 +129,11 @@ def _default_names(model: nn.Module) -> list[str]:
     ]
 
 
-def _chosen_names(model: nn.Module, config: RPSConfig) -> list[str]:
+def chosen_names(model: nn.Module, config: RPSConfig, modules: dict[str, nn.Module]) -> list[str]:
     """The names that the config's fields choose, whether or not the modules can be shared."""
-    names = _default_names(model)
-    if _is_explicit(config):  # containers and activations have nothing to share, whatever a pattern matches
-        matched = ((n, m) for n, m in model.named_modules() if _matches(config.target_modules, n))
+    names = _default_names(model, modules)
+    if is_explicit(config):  # containers and activations have nothing to share, whatever a pattern matches
+        matched = ((n, m) for n, m in modules.items() if _matches(config.target_modules, n))
         names = [name for name, module in matched if module._parameters or _quantised(module)]
     kept_out = [rf"(^|.*\.){module}($|\..*)" for module in config.modules_to_save or ()]
     return [
@@ -145,12 +145,16 @@ def _chosen_names(model: nn.Module, config: RPSConfig) -> list[str]:
     ]
 
 
-def _is_explicit(config: RPSConfig) -> bool:
+def is_explicit(config: RPSConfig) -> bool:
+    """True where ``target_modules`` names modules, False where the default choice holds."""
     return config.target_modules is not None and config.target_modules != "all-linear"
 
 
-def find_targets(model: nn.Module, config: RPSConfig) -> list[Candidate]:
+def find_targets(model: nn.Module, config: RPSConfig, modules: dict[str, nn.Module] | None = None) -> list[Candidate]:
     """The modules of ``model`` that ``config`` chooses, in the model's own order, each once.
+
+    ``modules`` are the model's modules by name, where they are others than its ``named_modules()``: without the
+    wrappers that adapters put around them.
 
     Linear layers that can't be shared (tied to another module, read by torch's fused kernels, empty) stay dense, unless
     ``target_modules`` names them.
@@ -158,11 +162,11 @@ def find_targets(model: nn.Module, config: RPSConfig) -> list[Candidate]:
     Raises:
         ValueError: Nothing is chosen; a chosen module is quantised; a named one can't be shared.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules()) if modules is None else modules
     uses = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
-    read_by_torch = _read_by_torch(model)
+    read_by_torch = _read_by_torch(modules)
     candidates, unfit = [], []
-    for name in _chosen_names(model, config):
+    for name in chosen_names(model, config, modules):
         module = modules[name]
         if quantised := _quantised(module):
             raise ValueError(
@@ -180,7 +184,7 @@ def find_targets(model: nn.Module, config: RPSConfig) -> list[Candidate]:
         else:
             candidates.append(Candidate(name, module, isinstance(module, Conv1D)))
             continue
-        if _is_explicit(config):
+        if is_explicit(config):
             raise ValueError(
                 f"target_modules={config.target_modules!r} matches {name!r}, which is {problem} and can't be shared. "
                 f"Leave it out of target_modules, or name it in exclude_modules."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -11,8 +10,9 @@ from hf_rps.config import RPSConfig
 from hf_rps.mapping import Target, WeightMap
 
 FORMAT_VERSION = 1
-_MODULE = re.compile(r"(.+) (\d+)x(\d+) std (\S+)")
-_RPS_FIELDS = tuple(RPSConfig.__annotations__)  # its own fields, not those it inherits from PeftConfig
+_ADAPTER_FIELDS = ("mode", "bias", "modules", "fingerprint")
+# RPSConfig's own fields, not those it inherits from PeftConfig or those that only adapters have
+_RPS_FIELDS = tuple(name for name in RPSConfig.__annotations__ if name not in _ADAPTER_FIELDS)
 
 
 class RPSQuantizationConfig(QuantizationConfigMixin):
@@ -55,7 +55,7 @@ class RPSQuantizationConfig(QuantizationConfigMixin):
     def record(self, weight_map: WeightMap) -> None:
         """Write the map into the config."""
         self.n, self.m, self.fingerprint = weight_map.n, weight_map.m, weight_map.fingerprint
-        self.modules = [f"{t.name} {t.out_features}x{t.in_features} std {t.std!r}" for t in weight_map.targets]
+        self.modules = [str(target) for target in weight_map.targets]
 
     def weight_map(self) -> WeightMap:
         """Rebuild the recorded map and check it against the recorded n, m and fingerprint.
@@ -68,15 +68,10 @@ class RPSQuantizationConfig(QuantizationConfigMixin):
                 "config.json has a quantization_config of method 'rps' without `modules`, so it does not say which "
                 "weights are shared. It was edited or not written by hf_rps; restore the config.json of the checkpoint"
             )
-        targets = []
-        for text in self.modules:
-            match = _MODULE.fullmatch(text) if isinstance(text, str) else None
-            if match is None:
-                raise ValueError(
-                    f"quantization_config.modules holds {text!r}, expected 'NAME ROWSxCOLS std STD'; restore the "
-                    f"config.json of the checkpoint"
-                )
-            targets.append(Target(match[1], int(match[2]), int(match[3]), float(match[4])))
+        try:
+            targets = [Target.parse(text) for text in self.modules]
+        except ValueError as error:
+            raise ValueError(f"quantization_config.modules: {error}; restore the checkpoint's config.json") from None
         rps = self.rps
         weight_map = rps.weight_map(targets)
         for field in ("n", "m", "fingerprint"):

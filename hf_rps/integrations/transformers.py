@@ -29,7 +29,7 @@ from hf_rps.targets import Conv1D, base_prefix
 logger = logging.getLogger(__name__)
 
 
-class _Patterns(set):
+class Patterns(set):
     """A set of patterns that may also be added to a list, as transformers 5.0 does where later versions unite sets."""
 
     def __add__(self, other):
@@ -63,7 +63,7 @@ class RPSQuantizer(HfQuantizer):
         install(model, bank, layers)
         sentinel = re.escape(sentinel_key(model).removeprefix(base_prefix(model)))
         ignored = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, rf"(^|\.){sentinel}$"])
+        model._keys_to_ignore_on_load_unexpected = Patterns([*ignored, rf"(^|\.){sentinel}$"])
         if isinstance(device_map, dict):
             _place_bank(model, device_map)
 

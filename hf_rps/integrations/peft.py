@@ -1,0 +1,309 @@
+"""RPS as a PEFT method: ``get_peft_model(model, RPSConfig(...))``, and everything else that takes a PEFT config.
+
+A PEFT model is converted layer by layer, by PEFT; what is decided over all layers together (which layers, the map, the
+size of the array) is decided before PEFT starts, so that a bad config changes nothing, and the array is made after PEFT
+has finished, so that it is frozen and thawed by PEFT's rules. The map is recorded in ``adapter_config.json``, and its
+fingerprint is part of a key beside the array, so that an adapter never loads onto another map.
+"""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from hf_rps.config import RPSConfig
+from hf_rps.convert import BANK_NAME, check_weight, find_bank, initial_std, initialise, map_name, module_name
+from hf_rps.integrations.peft_layers import AdapterBank, AdapterLinear, DeltaLinear, ReplaceLinear, RPSTunerLayer
+from hf_rps.integrations.transformers import Patterns
+from hf_rps.mapping import Target, WeightMap
+from hf_rps.shared_array import SharedArray
+from hf_rps.targets import Candidate, Conv1D, base_model_of, base_prefix, chosen_names, find_targets, is_explicit
+from hf_rps.weight import SharedWeight
+
+_MAP_KEY = re.compile(r"(?:.*\.)?rps_map_(\w+)")
+
+
+class RPSModel(BaseTuner):
+    """The tuner: a model some of whose linear layers read RPS adapters.
+
+    ``RPSConfig(mode="replace")`` (default) puts shared weights in the place of the dense ones, which are freed;
+    ``mode="delta"`` adds shared weights to them. The two don't mix on one model.
+
+    Raises:
+        ValueError: The config or the model does not fit; nothing is changed then.
+    """
+
+    prefix = "rps_"
+    tuner_layer_cls = RPSTunerLayer
+    target_module_mapping: dict[str, list[str]] = {}  # not needed: the default targets are found in the model itself
+
+    # ---- before PEFT touches the model
+
+    def _check_new_adapter_config(self, config: RPSConfig) -> None:
+        super()._check_new_adapter_config(config)
+        others = {name: c for name, c in self.peft_config.items() if c is not config}
+        for name, other in others.items():
+            if not isinstance(other, RPSConfig):
+                raise ValueError(
+                    f"this model carries the adapter {name!r} of method {other.peft_type}; RPS adapters don't mix with "
+                    f"other methods on one model"
+                )
+            if other.mode != config.mode:
+                raise ValueError(
+                    f"this model carries the adapter {name!r} of mode={other.mode!r}, and the new one has "
+                    f"mode={config.mode!r}; the two don't mix on one model"
+                )
+
+    def _prepare_adapter_config(self, peft_config: RPSConfig, model_config: dict) -> RPSConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: RPSConfig, model: nn.Module) -> None:
+        """Choose the targets and make their map, with all the errors that there may be."""
+        self._candidates: dict[str, Candidate] = {}
+        if find_bank(model) is not None:
+            raise ValueError(
+                f"this {type(model).__name__} is compressed already (get_rps_model); train it as it is, or call "
+                f"hf_rps.to_dense(model) first"
+            )
+        if not isinstance(getattr(model, BANK_NAME, None), (AdapterBank, type(None))):
+            raise ValueError(
+                f"{type(model).__name__} has an attribute {BANK_NAME!r} of its own, where the bank must go"
+            )
+        modules = _without_wrappers(model)
+        prefix = base_prefix(model)
+        if peft_config.modules is not None:
+            targets = [Target.parse(text) for text in peft_config.modules]
+            candidates = _recorded(model, modules, {module_name(t.name, prefix): t for t in targets})
+        elif is_explicit(peft_config) and not chosen_names(model, peft_config, modules):
+            return  # PEFT has a message for that
+        else:
+            candidates = find_targets(model, peft_config, modules)
+        # of layers that an earlier adapter replaces, the weights that they have now, whichever is active later
+        replaced = {name: module for name, module in model.named_modules() if isinstance(module, ReplaceLinear)}
+        candidates = [
+            Candidate(c.name, SimpleNamespace(weight=replaced[c.name].weight), c.transposed)
+            if c.name in replaced
+            else c
+            for c in candidates
+        ]
+        if peft_config.modules is None:
+            for candidate in candidates:
+                if candidate.module.weight is None:
+                    raise ValueError(
+                        f"the weight of {candidate.name!r} was freed (mode='replace') and no adapter that holds one is "
+                        f"active, so a new adapter has nothing to start from; activate one, or load the base model"
+                    )
+                check_weight(candidate)
+            targets = [Target(map_name(c.name, prefix), *c.weight.shape, std=initial_std(c.weight)) for c in candidates]
+        weight_map = peft_config.weight_map(targets)
+        if peft_config.fingerprint not in (None, weight_map.fingerprint):
+            raise ValueError(
+                f"this adapter's config records the map {peft_config.fingerprint}, but its modules, "
+                f"ratio={peft_config.ratio!r}, seed={peft_config.seed!r}, sharing={peft_config.sharing!r}, "
+                f"mapping={peft_config.mapping!r} and sign={peft_config.sign!r} give {weight_map.fingerprint}. Its "
+                f"weights would be read in the wrong places; restore its adapter_config.json"
+            )
+        if not is_explicit(peft_config):
+            peft_config.target_modules = [c.name for c in candidates]
+        self._candidates = {c.name: c for c in candidates}
+        self._weight_map = weight_map
+
+    def _check_target_module_exists(self, peft_config: RPSConfig, key: str):
+        """True for the targets chosen; else what PEFT says of modules that are not targets (excluded, or no match)."""
+        if self._candidates:  # during injection
+            chosen = key in self._candidates
+        else:
+            name = next(name for name, config in self.peft_config.items() if config is peft_config)
+            chosen = any(
+                n == key and name in m.shared for n, m in self.model.named_modules() if isinstance(m, AdapterLinear)
+            )
+        if chosen or peft_config.target_modules is None:
+            return chosen
+        found = BaseTuner._check_target_module_exists(peft_config, key)
+        return False if found else found
+
+    # ---- injection
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Put the layers in place, then make the adapter's array; the arguments are :class:`BaseTuner`'s.
+
+        ``state_dict`` is not used: an adapter's array does not tell which modules read it, its config does.
+        """
+        config = self.peft_config[adapter_name]
+        target_modules = config.target_modules
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            if self._candidates:
+                self._add_array(model, adapter_name, low_cpu_mem_usage)
+        finally:
+            # the user's config stays as it is, good for other models; what it led to is recorded beside its fields
+            config.target_modules = target_modules
+            self._candidates = {}
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        if not isinstance(target, AdapterLinear):  # else it is wrapped since an earlier adapter
+            layer = (ReplaceLinear if peft_config.mode == "replace" else DeltaLinear)(target)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        """Replace a module in every parent that holds it: some models register one module twice."""
+        for other in list(self.model.modules()):
+            for name, module in other._modules.items():
+                if module is child and other is not new_module:
+                    other._modules[name] = new_module
+        super()._replace_module(parent, child_name, new_module, child)
+
+    def _add_array(self, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+        """Make the adapter's array and let the layers read it. In replace mode the dense weights go."""
+        config, weight_map, candidates = self.peft_config[adapter_name], self._weight_map, [*self._candidates.values()]
+        bank = getattr(model, BANK_NAME, None)
+        if bank is None:
+            # after PEFT's injection, which takes a tuner layer found before it for an earlier adapter's
+            bank = AdapterBank()
+            model.add_module(BANK_NAME, bank)
+            bank.set_adapter(self.active_adapters)
+        weight = candidates[0].weight
+        device = torch.device("meta") if low_cpu_mem_usage else weight.device
+        array = bank.add(adapter_name, weight_map, config.grad_scaling, device, weight.dtype)
+        if not low_cpu_mem_usage:
+            _initialise(array, candidates, config)
+        array.psi.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        for target, candidate in zip(weight_map.targets, candidates, strict=True):
+            layer = model.get_submodule(candidate.name)
+            layer.shared[adapter_name] = SharedWeight(target.name, array)
+            if isinstance(layer, ReplaceLinear) and layer.shared.keys() == bank.arrays.keys():
+                layer.free_base()
+        for module in model.modules():
+            if module is model or module is base_model_of(model) or hasattr(module, "save_pretrained"):
+                array.watch(module)
+        config.record(weight_map)
+        if hasattr(model, "_keys_to_ignore_on_load_unexpected"):  # read by transformers' own load_adapter
+            ignored = model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = Patterns([*ignored, rf"(^|\.){_map_key(weight_map)}(\.|$)"])
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        bank = getattr(self.model, BANK_NAME, None)
+        trainable = bank is not None and adapter_name in bank.rps_psi and bank.rps_psi[adapter_name].requires_grad
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if bank is not None and adapter_name in bank.rps_psi:
+            bank.rps_psi[adapter_name].requires_grad_(trainable)  # PEFT makes a new parameter, which is trainable
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
+        bank = getattr(self.model, BANK_NAME, None)
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if bank is not None:
+            bank.close()
+            delattr(model, BANK_NAME)
+        return model
+
+    # ---- state dicts
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        """What PEFT saves of an adapter, and beside its array an empty tensor whose name tells the map."""
+        to_save = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        weight_map = _weight_map(model, adapter_name)
+        if weight_map is not None:
+            config.record(weight_map)  # again: the same config may have been used for another model since
+            for key in [key for key in to_save if key.endswith(f"rps_psi.{adapter_name}")]:
+                to_save[key.replace("rps_psi", _map_key(weight_map))] = to_save[key].new_empty(0)
+        return to_save
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """Check the map's name.
+
+        Raises:
+            ValueError: The adapter's array was made for another map than this model's.
+        """
+        weight_map = _weight_map(model, adapter_name)
+        for key in [key for key in state_dict if _MAP_KEY.fullmatch(key)]:
+            if weight_map is None or not key.endswith(_map_key(weight_map)):
+                raise ValueError(
+                    f"the weights of adapter {adapter_name!r} belong to the map {_MAP_KEY.fullmatch(key)[1]}, but the "
+                    f"model has the map {weight_map and weight_map.fingerprint}, so they would be read in the wrong "
+                    f"places. The file and adapter_config.json are of different adapters, or the model's adapter was "
+                    f"made with another config; load both from one folder"
+                )
+            state_dict = {k: v for k, v in state_dict.items() if k != key}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _weight_map(model: nn.Module, adapter_name: str) -> WeightMap | None:
+    arrays = next((module.arrays for module in model.modules() if isinstance(module, AdapterBank)), {})
+    return arrays[adapter_name].weight_map if adapter_name in arrays else None
+
+
+def _map_key(weight_map: WeightMap) -> str:
+    return f"rps_map_{weight_map.fingerprint[:16]}"
+
+
+def _without_wrappers(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules by name as they were before any adapter: base layers in place of the layers around them.
+
+    A layer whose weight was freed has a stand-in of its shape on the meta device.
+    """
+    modules, hidden = {}, ()
+    for name, module in model.named_modules():
+        if name.startswith(hidden):
+            continue
+        if isinstance(module, (AdapterLinear, AdapterBank, AuxiliaryTrainingWrapper)):
+            hidden += (f"{name}.",)
+        if isinstance(module, AdapterLinear):
+            freed = module.base_layer.weight is None
+            modules[name] = module.stand_in() if freed else module.base_layer
+        elif not isinstance(module, (AdapterBank, AuxiliaryTrainingWrapper)):
+            modules[name] = module
+    return modules
+
+
+def _recorded(model: nn.Module, modules: dict[str, nn.Module], targets: dict[str, Target]) -> list[Candidate]:
+    """The modules that an adapter's config records, by name."""
+    for name, target in targets.items():
+        module = modules.get(name)
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+            raise ValueError(
+                f"the adapter's config records the module {name!r}, but {type(model).__name__} has no such linear "
+                f"layer. Load the adapter on the kind of model that it was made for; for a new adapter, make a new "
+                f"RPSConfig"
+            )
+        shape = tuple(weight.shape)[:: -1 if isinstance(module, Conv1D) else 1]
+        if shape != (target.out_features, target.in_features):
+            raise ValueError(
+                f"the adapter's config records the module {name!r} with shape "
+                f"{(target.out_features, target.in_features)}, but in {type(model).__name__} it has shape {shape}. "
+                f"Load the adapter on the base model that it was made for"
+            )
+    return [Candidate(name, modules[name], isinstance(modules[name], Conv1D)) for name in targets]
+
+
+def _initialise(array: SharedArray, candidates: list[Candidate], config: RPSConfig) -> None:
+    if config.mode == "delta" and config.init_weights:
+        nn.init.zeros_(array.psi)
+    elif any(candidate.module.weight is None for candidate in candidates):  # freed; the array will be loaded
+        nn.init.normal_(array.psi, std=array.weight_map.init_std)
+    else:
+        initialise(array, candidates, config.init_weights)
+
+
+def register() -> None:
+    """Register with PEFT, once per process."""
+    if RPSConfig().peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(name="rps", config_cls=RPSConfig, model_cls=RPSModel)

@@ -1,0 +1,333 @@
+"""The layers of the PEFT tuner: the bank that owns every adapter's shared array, and the layers that read it.
+
+PEFT saves, loads, freezes, moves and deletes adapters by walking over ``BaseTunerLayer`` modules and the containers on
+them that are keyed by adapter name. The arrays are in one such container, on one module at the root of the model;
+layers hold no parameter of an adapter, only plain references through which they look it up on every call.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_rps.functional import GradientBuffer, rps_delta_linear
+from hf_rps.mapping import WeightMap
+from hf_rps.shared_array import SharedArray
+from hf_rps.weight import LazyWeight, SharedWeight, compute_dtype, takes_plain_path
+
+_FEW_TOKENS = 32  # below, two products are cheaper than building the sum of base weight and delta (measured)
+
+
+class RPSTunerLayer(BaseTunerLayer):
+    """What the bank and the layers have in common for PEFT."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # a shared weight has full rank
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Nothing: the array serves layers on any device, and its place is where it was made or loaded."""
+
+
+class AdapterArray(SharedArray):
+    """The shared array of one adapter, whose parameter is in ``owner.rps_psi``."""
+
+    def __init__(self, owner: AdapterBank, adapter_name: str, weight_map: WeightMap, grad_scaling: str):
+        super().__init__(weight_map, grad_scaling)
+        self.owner, self.adapter_name = owner, adapter_name
+
+    @property
+    def psi(self) -> nn.Parameter:
+        return self.owner.rps_psi[self.adapter_name]
+
+    def _call_gate(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, GradientBuffer | None]:
+        return self.owner(self, device, dtype)
+
+
+class AdapterBank(nn.Module, RPSTunerLayer):
+    """Owner of the shared arrays of all adapters, at the root of the model.
+
+    As a module of the forward pass, which it is if the root is an ``nn.Sequential``, it is the identity.
+    """
+
+    adapter_layer_names = ("rps_psi",)
+    other_param_names = ("arrays",)
+    in_features = out_features = None  # every tuner layer has them
+
+    def __init__(self):
+        super().__init__()
+        self.rps_psi = nn.ParameterDict({})
+        self.arrays: dict[str, AdapterArray] = {}
+        self.merged_adapters: list[str] = []
+
+    weight = property(lambda self: None)  # those of BaseTunerLayer look for a base layer
+    bias = property(lambda self: None)
+
+    def add(self, adapter_name: str, weight_map: WeightMap, grad_scaling: str, device, dtype) -> AdapterArray:
+        """Make the array of an adapter, uninitialised and frozen."""
+        self.rps_psi[adapter_name] = nn.Parameter(
+            torch.empty(weight_map.m, device=device, dtype=dtype), requires_grad=False
+        )
+        array = self.arrays[adapter_name] = AdapterArray(self, adapter_name, weight_map, grad_scaling)
+        return array
+
+    def forward(self, x, device: torch.device | None = None, dtype: torch.dtype | None = None):
+        """Make a gate for an array, by way of the hooks on this module; see :meth:`SharedArray.make_gate`."""
+        if not isinstance(x, AdapterArray):
+            return x
+        hook = getattr(self.rps_psi, "_hf_hook", None)  # accelerate's offloading hooks the container, never called
+        if hook is None:
+            return x.make_gate(device, dtype)
+        hook.pre_forward(self.rps_psi)
+        gate = x.make_gate(device, dtype)
+        hook.post_forward(self.rps_psi, None)
+        return gate
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Note what the layers merge, so that PEFT finds all tuner layers in one state."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        self.merged_adapters += [n for n in names if n in self.rps_psi and n not in self.merged_adapters]
+
+    def unmerge(self) -> None:
+        self.merged_adapters.clear()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.arrays:
+            self.arrays[adapter_name].unwatch()
+        super().delete_adapter(adapter_name)
+
+    def close(self) -> None:
+        """Take the hooks of all arrays off the model."""
+        for array in self.arrays.values():
+            array.unwatch()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: n={a.weight_map.n}, m={a.weight_map.m}" for name, a in self.arrays.items())
+
+
+class AdapterLinear(nn.Module, RPSTunerLayer):
+    """A linear layer (or Conv1D) with the shared weights of any number of adapters; base class of both modes.
+
+    Args:
+        base_layer: The layer that it wraps.
+
+    Input (..., in_features), output (..., out_features).
+    """
+
+    other_param_names = ("shared",)
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.transposed = isinstance(base_layer, Conv1D)
+        shape = tuple(base_layer.weight.shape)
+        self.out_features, self.in_features = shape[::-1] if self.transposed else shape
+        self.shared: dict[str, SharedWeight] = {}  # by adapter
+        self.merged_adapters: list[str] = []
+        self.training = base_layer.training
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.shared)
+
+    def _active(self) -> list[SharedWeight]:
+        return [self.shared[name] for name in self.active_adapters if name in self.shared]
+
+    def _oriented(self, weight: Tensor) -> Tensor:
+        """(out_features, in_features) as the base layer stores it, or the other way round."""
+        return weight.t() if self.transposed else weight
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def _replicate_for_data_parallel(self):
+        raise RuntimeError(
+            "torch.nn.DataParallel can't replicate a model with RPS adapters (its layers read one bank). Start one "
+            "process per GPU instead (accelerate launch, torchrun), or show one GPU only (CUDA_VISIBLE_DEVICES=0)."
+        )
+
+
+def _check_finite(weight: Tensor, adapter_name: str) -> None:
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+
+
+class DeltaLinear(AdapterLinear):
+    """y = x (W0 + sum of the active adapters' W)^T + b, W0 and b being those of the base layer."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [] if self.disable_adapters or self.merged else self._active()
+        if len(active) == 1 and not args and not kwargs and self._can_fuse(x, active[0]):
+            return self._fused(x, active[0])
+        y = self.base_layer(x, *args, **kwargs)
+        for shared in active:
+            dtype = compute_dtype(x.device, x.dtype)
+            y = y + shared.linear(x, None, dtype).to(y.dtype)
+        return y
+
+    def _can_fuse(self, x: Tensor, shared: SharedWeight) -> bool:
+        """True where the sum of weights can and should be built.
+
+        It can where the base layer does nothing but a product with its frozen float32 weight (in half precision a small
+        delta would be lost in the sum), and it should where there are enough tokens.
+        """
+        base = self.base_layer
+        weight, bias = base.weight, base.bias
+        return (
+            x.numel() >= _FEW_TOKENS * self.in_features
+            and type(base).forward in (nn.Linear.forward, Conv1D.forward)
+            and "forward" not in base.__dict__  # as accelerate's hooks put there
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+            and shared.layout is not None
+            and weight.dtype in (torch.float32, torch.float64)
+            and not weight.requires_grad
+            and weight.device == x.device
+            and (bias is None or bias.dtype == weight.dtype)
+            and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+            and not takes_plain_path()
+        )
+
+    def _fused(self, x: Tensor, shared: SharedWeight) -> Tensor:
+        weight = self._oriented(self.base_layer.weight)
+        psi, buffer = shared.array.gated(x.device, weight.dtype)
+        factor = shared.factor(x.device, weight.dtype).view(-1)
+        x = x.to(compute_dtype(x.device, x.dtype))
+        return rps_delta_linear(x, weight, psi, shared.layout, factor, self.base_layer.bias, buffer)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The change that an adapter makes, as the base layer stores its weight and in the array's dtype."""
+        return self._oriented(self.shared[adapter_name].dense())
+
+    @property
+    def weight(self) -> Tensor | LazyWeight:
+        """The weight in use, for models that read it directly: the sum, made when it is used."""
+        weight = self.base_layer.weight
+        active = [] if self.disable_adapters or self.merged else self._active()
+        if not active:
+            return weight
+        return LazyWeight(
+            lambda: weight + sum(self._oriented(s.materialise(weight.device, weight.dtype)) for s in active),
+            weight.shape,
+            like=weight,
+        )
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' weights to the base weight.
+
+        Raises:
+            ValueError: ``safe_merge`` is set and an adapter holds values that are not finite; nothing is merged then.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.shared:
+                continue
+            delta = self.get_delta_weight(name)
+            weight = self.base_layer.weight
+            total = (weight + delta.to(weight.device)).to(weight.dtype)
+            if safe_merge:
+                _check_finite(self.shared[name].array.psi, name)
+                _check_finite(total, name)
+            weight.data = total
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Subtract the merged adapters' weights again."""
+        while self.merged_adapters:
+            delta = self.get_delta_weight(self.merged_adapters.pop())
+            weight = self.base_layer.weight
+            weight.data = (weight - delta.to(weight.device)).to(weight.dtype)
+
+
+class ReplaceLinear(AdapterLinear):
+    """y = x W^T + b with the active adapter's W; b is the base layer's, whose own weight is freed.
+
+    The weight is freed once every adapter of the model replaces it. Until then, layers that the active adapter does not
+    replace use it.
+    """
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        self.weight_dtype = base_layer.weight.dtype
+        self._unmerged_weight: nn.Parameter | None = None
+
+    def free_base(self) -> None:
+        """Let go of the dense weight."""
+        self.base_layer.register_parameter("weight", None)
+
+    def stand_in(self) -> nn.Module:
+        """A layer of the base layer's kind and shape, on the meta device."""
+        with torch.device("meta"):
+            if self.transposed:
+                return Conv1D(self.out_features, self.in_features)
+            return nn.Linear(self.in_features, self.out_features)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        active = [] if self.merged and not self.disable_adapters else self._active()
+        if self.disable_adapters and self.shared:
+            raise ValueError(
+                "the weights of this model are replaced by RPS adapters (mode='replace'), so there is no model without "
+                "them to run; load the base model separately, or use mode='delta'"
+            )
+        if len(active) > 1:
+            names = [shared.array.adapter_name for shared in active]
+            raise ValueError(f"only one RPS adapter can replace a weight at a time, got {names}; choose by set_adapter")
+        if active:
+            return active[0].linear(x, self.base_layer.bias, compute_dtype(x.device, x.dtype))
+        if self.base_layer.weight is None:
+            raise ValueError(
+                f"the dense weight of this layer was freed (mode='replace'), and of its adapters {sorted(self.shared)} "
+                f"none is active; activate one with set_adapter, or load one"
+            )
+        return self.base_layer(x, *args, **kwargs)
+
+    @property
+    def weight(self) -> nn.Parameter | LazyWeight | None:
+        """The weight in use, made when it is used; None if there is none."""
+        active = self._active()
+        if self.merged or len(active) != 1:
+            return self.base_layer.weight
+        shape = (self.out_features, self.in_features)
+        make = lambda: self._oriented(active[0].dense())  # noqa: E731
+        return LazyWeight(make, shape[::-1] if self.transposed else shape, like=active[0].array.psi)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Make the adapter's weight the base layer's own. Of several adapters the last one's stays.
+
+        Raises:
+            ValueError: ``safe_merge`` is set and an adapter holds values that are not finite. It is not merged then.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.shared:
+                continue
+            shared = self.shared[name]
+            if safe_merge:
+                _check_finite(shared.array.psi, name)
+            weight = self._oriented(shared.dense()).to(self.weight_dtype).contiguous()
+            if not self.merged:
+                self._unmerged_weight = self.base_layer.weight
+            self.base_layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the layer back as it was before :meth:`merge`."""
+        if self.merged:
+            self.merged_adapters.clear()
+            self.base_layer.register_parameter("weight", self._unmerged_weight)
+            self._unmerged_weight = None
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer with the adapter's weight, for PEFT's merge_and_unload."""
+        if not merge:
+            raise ValueError(
+                "the dense weights were freed when they were replaced (mode='replace'), so there is nothing to unload "
+                "to; merge_and_unload() gives a plain model with the adapter's weights"
+            )
+        if not self.merged:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.base_layer
