@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup test test-slow lint format demo bench clean
+.PHONY: help setup test conformance test-slow lint format demo bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -17,8 +17,12 @@ setup: .venv/done  ## make the virtual environment
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
 	touch $@
 
-test: setup  ## the fast tests, under ten minutes on two cores
+test: setup  ## the fast tests and PEFT's own, under ten minutes on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(MAKE) conformance
+
+conformance: setup  ## PEFT's own test suite on RPSConfig, both modes; about a minute
+	$(BIN)/python tests/conformance.py ../shared/tools
 
 test-slow: setup  ## the slow tests, run before an issue is closed
 	$(BIN)/python -m pytest -q -m slow

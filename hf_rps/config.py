@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from peft import PeftConfig, PeftType
 
 from hf_rps import peft_type
+from hf_rps.adapter_card import write_card
 from hf_rps.mapping import MAPPINGS, SHARING, SIGNS, Target, WeightMap
 
 MODES = ("replace", "delta")
 BIASES = ("none", "all", "rps_only")
+_DELTA_STD_FACTOR = 10.0  # learning rates of adapters are about ten times those of full fine-tuning
 GRAD_SCALINGS = ("projection", "norm", "none")
 INIT_WEIGHTS = (True, False, "project", "rescale")
 
@@ -63,8 +66,9 @@ class RPSConfig(PeftConfig):
             "norm" (its square root): the size of the gradient stays that of the dense model's, so that Adam's epsilon
             and gradient clipping keep their meaning; for adaptive optimizers. "none" (1): the unstable ROAST.
         init_std: Standard deviation C of the shared array at init. None (default): RMS of the modules' own
-            standard deviations times sqrt(m / n), with which a dense recipe's learning rate carries over. Not a knob
-            to tune; it exists to reproduce the paper's sweep.
+            standard deviations times sqrt(m / n), with which a dense recipe's learning rate carries over; with
+            ``mode="delta"`` ten times that, so that the rates usual for adapters (AdamW, 1e-3) suit. Not a knob to
+            tune; it exists to reproduce the paper's sweep.
         init_weights: Where the shared array starts. True (default): "project" for weights loaded from a checkpoint,
             "rescale" for randomly initialised ones. "project": the least-squares fit, sum(scale sign w) / Gamma_j.
             "rescale": sum(sign w / scale) / sqrt(count_j), which keeps every module's own std. Both are exact
@@ -197,6 +201,7 @@ class RPSConfig(PeftConfig):
             mapping=self.mapping,
             sign=self.sign,
             init_std=self.init_std,
+            std_factor=_DELTA_STD_FACTOR if self.mode == "delta" else 1.0,
         )
 
     def record(self, weight_map: WeightMap) -> None:
@@ -204,12 +209,22 @@ class RPSConfig(PeftConfig):
 
         The fields stay as they are, so that one config can be used for several models.
         """
-        self._weight_map = weight_map
+        self._recorded = weight_map
+
+    @property
+    def recorded(self) -> WeightMap | None:
+        """The map of the adapter made with this config last, if any."""
+        return getattr(self, "_recorded", None)
 
     def to_dict(self) -> dict:
         """The fields, and the recorded map among them."""
-        recorded = getattr(self, "_weight_map", None)
-        if recorded is None:
+        if self.recorded is None:
             return super().to_dict()
-        modules = [str(target) for target in recorded.targets]
-        return super().to_dict() | {"modules": modules, "fingerprint": recorded.fingerprint}
+        modules = [str(target) for target in self.recorded.targets]
+        return super().to_dict() | {"modules": modules, "fingerprint": self.recorded.fingerprint}
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write adapter_config.json and, for an adapter, the model card's first lines; see PeftConfig."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.recorded is not None:
+            write_card(Path(save_directory), self)

@@ -79,6 +79,7 @@ class WeightMap:
     ``init_std`` is C, the standard deviation of the shared array at init, from which scale_i = std_i / C. Its default,
     RMS(std) * sqrt(m / n), makes every scale about sqrt(n / m), so that an AdamW step of size lr on the shared array
     moves a weight by sqrt(n / m) * lr. With it the dense model's best learning rate was measured to stay the best one.
+    ``std_factor`` multiplies that default.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class WeightMap:
         mapping: str = "fold",
         sign: str = "row",
         init_std: float | None = None,
+        std_factor: float = 1.0,
     ):
         self.targets = tuple(targets)
         self.ratio, self.seed, self.sharing, self.mapping, self.sign = ratio, seed, sharing, mapping, sign
@@ -117,7 +119,7 @@ class WeightMap:
         self.n = sum(target.numel for target in self.targets)
         self.m = base
         mean_square = math.fsum(t.numel * (t.std * t.std) for t in self.targets) / self.n
-        self.init_std = math.sqrt(mean_square * self.m / self.n) if init_std is None else init_std
+        self.init_std = std_factor * math.sqrt(mean_square * self.m / self.n) if init_std is None else init_std
         if not (self.init_std > 0 and math.isfinite(self.init_std)):
             raise ValueError(f"the shared array needs a positive, finite init_std, got {self.init_std}")
 

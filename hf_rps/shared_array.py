@@ -9,9 +9,11 @@ The gate also casts psi once a pass to the compute dtype and copies it once to e
 from __future__ import annotations
 
 import threading
+import weakref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_rps.functional import GradientBuffer
 from hf_rps.mapping import WeightMap
@@ -30,11 +32,14 @@ class _Gate(torch.autograd.Function):
     def forward(ctx, psi, cast, buffer, bank):
         ctx.set_materialize_grads(False)
         ctx.buffer, ctx.bank, ctx.dtype = buffer, bank, psi.dtype
+        ctx.recomputed = torch._C._current_graph_task_id() != -1
         source = psi if cast is None else cast
         return source.view_as(source)
 
     @staticmethod
     def backward(ctx, grad):
+        if ctx.recomputed:
+            ctx.bank.check_reentrant()
         total = ctx.buffer.take()
         if total is not None and not torch.is_grad_enabled():
             if grad is not None:
@@ -85,13 +90,14 @@ class SharedArray:
 
     def _reset(self) -> None:
         self._passes = threading.local()  # the forward pass that is open in this thread
+        self._ddp: weakref.ref | None = None  # the DistributedDataParallel that ran the last pass
         self._recomputation: tuple[int, dict] = (-1, {})  # gates made inside the backward pass of this graph task
         self._divisors: dict = {}
         self._spare: Tensor | None = None  # an alias of the last gradient, whose memory the next one may take
 
     def __getstate__(self):
         state = self.__dict__.copy()
-        for name in ("_passes", "_recomputation", "_divisors", "_spare"):
+        for name in ("_passes", "_ddp", "_recomputation", "_divisors", "_spare"):
             del state[name]
         return state
 
@@ -121,6 +127,8 @@ class SharedArray:
         # an opener that is called anew was never closed (its pass may have ended inside compiled code)
         if getattr(self._passes, "opener", None) in (None, module):
             self._passes.opener, self._passes.gates = module, {}
+            ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+            self._ddp = None if ddp is None else weakref.ref(ddp)
             if not torch.is_grad_enabled():
                 self._spare = None  # evaluation: training may be over, or wants its memory elsewhere
 
@@ -175,6 +183,20 @@ class SharedArray:
         if self.grad_scaling != "none" and torch.is_grad_enabled() and psi.requires_grad:
             psi = _Divide.apply(psi, self.divisor(device, torch.promote_types(psi.dtype, torch.float32)))
         return psi.to(dtype)
+
+    def check_reentrant(self) -> None:
+        """Refuse what DistributedDataParallel gets wrong, silently: psi's gradient in several parts.
+
+        Reentrant checkpointing runs a backward pass of its own for every checkpointed block, and each brings psi a part
+        of its gradient. A reducer that was not told to wait (static_graph) sums the first part over the processes.
+        """
+        ddp = None if self._ddp is None else self._ddp()
+        if ddp is not None and not ddp.static_graph and ddp.process_group.size() > 1:
+            raise RuntimeError(
+                "gradient checkpointing with use_reentrant=True under DistributedDataParallel would reduce only a part "
+                "of the shared array's gradient. Use use_reentrant=False (transformers: gradient_checkpointing_kwargs="
+                "{'use_reentrant': False}), or DistributedDataParallel(..., static_graph=True)"
+            )
 
     # ---- memory of the gradient
 
