@@ -2,8 +2,8 @@
 
 from hf_rps.config import RPSConfig
 from hf_rps.convert import get_rps_model, to_dense
-from hf_rps.integrations import peft as _peft
 from hf_rps.integrations import transformers as _transformers
+from hf_rps.integrations.peft import model as _peft
 from hf_rps.report import SizeReport, size_report
 from hf_rps.version import __version__
 

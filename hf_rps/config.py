@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft import PeftConfig, PeftType
+from peft import PeftConfig
 
-from hf_rps import peft_type
-from hf_rps.adapter_card import write_card
+from hf_rps.integrations.peft.card import write_card
+from hf_rps.integrations.peft.peft_type import RPS
 from hf_rps.mapping import MAPPINGS, SHARING, SIGNS, Target, WeightMap
 
 MODES = ("replace", "delta")
@@ -133,7 +133,7 @@ class RPSConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType(peft_type.NAME)
+        self.peft_type = RPS
         number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
         _check(
             number and 0 < self.ratio <= 1,

@@ -72,20 +72,12 @@ class RPSLinear(nn.Module):
             if key in unexpected:
                 unexpected.remove(key)
             shape = tuple(state_dict[key].shape)
-            if shape != self.sentinel_shape():
+            if shape != self.bank.weight_map.sentinel_shape():
                 what = "another map of shared weights" if shape[:1] == (0,) else "a dense weight"
                 errors.append(
                     f"{key} is {what} (shape {shape}), but this model is compressed with the map "
                     f"{self.bank.weight_map.fingerprint}. Load the checkpoint with from_pretrained instead."
                 )
-
-    def sentinel_shape(self) -> tuple[int, int]:
-        """Shape of the empty tensor saved in place of the weight: no numbers, but it names the map.
-
-        A reader that does not know RPS finds a size mismatch instead of silently initialising a dense weight, and a
-        reader that does know it sees which map the checkpoint was made with, whichever way it was loaded.
-        """
-        return (0, int(self.bank.weight_map.fingerprint[:8], 16))
 
     def _replicate_for_data_parallel(self):
         raise RuntimeError(

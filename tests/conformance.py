@@ -2,8 +2,8 @@
 
     python tests/conformance.py ../shared/tools
 
-The tool takes the tests from the source distribution of the installed PEFT; nothing of them is kept here. A failure that
-the tool's list of known ones does not hold, or fewer tests passed than before, is an error.
+The tool takes the tests from the source distribution of the installed PEFT; nothing of them is kept here. A failure
+that the tool's list of known ones does not hold, or fewer tests passed than before, is an error.
 """
 
 import json

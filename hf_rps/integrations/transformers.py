@@ -29,7 +29,7 @@ from hf_rps.targets import Conv1D, base_prefix
 logger = logging.getLogger(__name__)
 
 
-class Patterns(set):
+class _Patterns(set):
     """A set of patterns that may also be added to a list, as transformers 5.0 does where later versions unite sets."""
 
     def __add__(self, other):
@@ -63,7 +63,7 @@ class RPSQuantizer(HfQuantizer):
         install(model, bank, layers)
         sentinel = re.escape(sentinel_key(model).removeprefix(base_prefix(model)))
         ignored = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = Patterns([*ignored, rf"(^|\.){sentinel}$"])
+        model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, rf"(^|\.){sentinel}$"])
         if isinstance(device_map, dict):
             _place_bank(model, device_map)
 
@@ -134,10 +134,9 @@ class RPSQuantizer(HfQuantizer):
         if bank is None:
             return None, {}
         state = model.state_dict()
-        first = next(module for module in model.modules() if isinstance(module, RPSLinear))
         config = self.quantization_config
         config.save_id = content_id(state)
-        state[sentinel_key(model)] = torch.empty(first.sentinel_shape(), dtype=bank.psi.dtype)
+        state[sentinel_key(model)] = torch.empty(bank.weight_map.sentinel_shape(), dtype=bank.psi.dtype)
         saved = count_saved(model, state)
         model.config.quantization_config = config
         return state, {
@@ -157,7 +156,8 @@ def bank_prefix(model: nn.Module) -> str:
 
 
 def sentinel_key(model: nn.Module) -> str:
-    """Name of the empty tensor that stands in the file for one shared weight; see RPSLinear.sentinel_shape."""
+    """Name of the empty tensor that stands in the file for one shared weight: a reader that does not know RPS finds a
+    size mismatch there, instead of initialising a dense weight silently. See WeightMap.sentinel_shape."""
     return next(name for name, module in model.named_modules() if isinstance(module, RPSLinear)) + ".weight"
 
 

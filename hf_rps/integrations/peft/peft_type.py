@@ -6,8 +6,6 @@ from enum import EnumMeta
 
 from peft import PeftType
 
-NAME = "RPS"
-
 
 def extend(enumeration: EnumMeta, name: str) -> None:
     """Add the member ``name`` with itself as its value to an enumeration of strings, once.
@@ -26,4 +24,5 @@ def extend(enumeration: EnumMeta, name: str) -> None:
     enumeration._value2member_map_[name] = member
 
 
-extend(PeftType, NAME)
+extend(PeftType, "RPS")
+RPS = PeftType("RPS")

@@ -2,32 +2,27 @@
 
 A PEFT model is converted layer by layer, by PEFT; what is decided over all layers together (which layers, the map, the
 size of the array) is decided before PEFT starts, so that a bad config changes nothing, and the array is made after PEFT
-has finished, so that it is frozen and thawed by PEFT's rules. The map is recorded in ``adapter_config.json``, and its
-fingerprint is part of a key beside the array, so that an adapter never loads onto another map.
+has finished, so that it is frozen and thawed by PEFT's rules. The map is recorded in ``adapter_config.json``, and a
+tensor beside the array in the file names it, so that an adapter never loads onto another map.
 """
 
 from __future__ import annotations
-
-import re
-from types import SimpleNamespace
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from hf_rps.config import RPSConfig
-from hf_rps.convert import BANK_NAME, check_weight, find_bank, initial_std, initialise, map_name, module_name
-from hf_rps.integrations.peft_layers import AdapterBank, AdapterLinear, DeltaLinear, ReplaceLinear, RPSTunerLayer
-from hf_rps.integrations.transformers import Patterns
-from hf_rps.mapping import Target, WeightMap
+from hf_rps.convert import BANK_NAME, find_bank, initialise
+from hf_rps.integrations.peft.bank import AdapterBank, RPSTunerLayer
+from hf_rps.integrations.peft.layers import AdapterLinear, DeltaLinear, ReplaceLinear
+from hf_rps.integrations.peft.peft_type import RPS
+from hf_rps.integrations.peft.targets import adapter_targets
 from hf_rps.shared_array import SharedArray
-from hf_rps.targets import Candidate, Conv1D, base_model_of, base_prefix, chosen_names, find_targets, is_explicit
+from hf_rps.targets import Candidate, base_model_of, is_explicit
 from hf_rps.weight import SharedWeight
-
-_MAP_KEY = re.compile(r"(?:.*\.)?rps_map_(\w+)")
 
 
 class RPSModel(BaseTuner):
@@ -76,32 +71,9 @@ class RPSModel(BaseTuner):
             raise ValueError(
                 f"{type(model).__name__} has an attribute {BANK_NAME!r} of its own, where the bank must go"
             )
-        modules = _without_wrappers(model)
-        prefix = base_prefix(model)
-        if peft_config.modules is not None:
-            targets = [Target.parse(text) for text in peft_config.modules]
-            candidates = _recorded(model, modules, {module_name(t.name, prefix): t for t in targets})
-        elif is_explicit(peft_config) and not chosen_names(model, peft_config, modules):
+        candidates, targets = adapter_targets(model, peft_config)
+        if not candidates:
             return  # PEFT has a message for that
-        else:
-            candidates = find_targets(model, peft_config, modules)
-        # of layers that an earlier adapter replaces, the weights that they have now, whichever is active later
-        replaced = {name: module for name, module in model.named_modules() if isinstance(module, ReplaceLinear)}
-        candidates = [
-            Candidate(c.name, SimpleNamespace(weight=replaced[c.name].weight), c.transposed)
-            if c.name in replaced
-            else c
-            for c in candidates
-        ]
-        if peft_config.modules is None:
-            for candidate in candidates:
-                if candidate.module.weight is None:
-                    raise ValueError(
-                        f"the weight of {candidate.name!r} was freed (mode='replace') and no adapter that holds one is "
-                        f"active, so a new adapter has nothing to start from; activate one, or load the base model"
-                    )
-                check_weight(candidate)
-            targets = [Target(map_name(c.name, prefix), *c.weight.shape, std=initial_std(c.weight)) for c in candidates]
         weight_map = peft_config.weight_map(targets)
         if peft_config.fingerprint not in (None, weight_map.fingerprint):
             raise ValueError(
@@ -178,11 +150,14 @@ class RPSModel(BaseTuner):
             bank = AdapterBank()
             model.add_module(BANK_NAME, bank)
             bank.set_adapter(self.active_adapters)
-        weight = candidates[0].weight
-        device = torch.device("meta") if low_cpu_mem_usage else weight.device
-        array = bank.add(adapter_name, weight_map, config.grad_scaling, device, weight.dtype)
+        likes = [c.module.weight for c in candidates if c.module.weight is not None]
+        device, dtype = (likes[0].device, likes[0].dtype) if likes else _device_and_dtype(model)
+        device = torch.device("meta") if low_cpu_mem_usage else device
+        array = bank.add(adapter_name, weight_map, config.grad_scaling, device, dtype)
         if not low_cpu_mem_usage:
             _initialise(array, candidates, config)
+        if config.modules is not None:
+            bank.expect(adapter_name)
         array.psi.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         for target, candidate in zip(weight_map.targets, candidates, strict=True):
             layer = model.get_submodule(candidate.name)
@@ -193,9 +168,6 @@ class RPSModel(BaseTuner):
             if module is model or module is base_model_of(model) or hasattr(module, "save_pretrained"):
                 array.watch(module)
         config.record(weight_map)
-        if hasattr(model, "_keys_to_ignore_on_load_unexpected"):  # read by transformers' own load_adapter
-            ignored = model._keys_to_ignore_on_load_unexpected or ()
-            model._keys_to_ignore_on_load_unexpected = Patterns([*ignored, rf"(^|\.){_map_key(weight_map)}(\.|$)"])
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         bank = getattr(self.model, BANK_NAME, None)
@@ -216,82 +188,47 @@ class RPSModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        """What PEFT saves of an adapter, and beside its array an empty tensor whose name tells the map."""
+        """What PEFT saves of an adapter, and beside its array an empty tensor whose shape tells the map."""
         to_save = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        weight_map = _weight_map(model, adapter_name)
-        if weight_map is not None:
+        bank = _adapter_bank(model)
+        if bank is not None and adapter_name in bank.arrays:
+            weight_map = bank.arrays[adapter_name].weight_map
             config.record(weight_map)  # again: the same config may have been used for another model since
             for key in [key for key in to_save if key.endswith(f"rps_psi.{adapter_name}")]:
-                to_save[key.replace("rps_psi", _map_key(weight_map))] = to_save[key].new_empty(0)
+                to_save[key.replace("rps_psi", "rps_map")] = torch.empty(weight_map.sentinel_shape())
         return to_save
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """Check the map's name.
+        """Check the map and leave its tensor out.
 
         Raises:
             ValueError: The adapter's array was made for another map than this model's.
         """
-        weight_map = _weight_map(model, adapter_name)
-        for key in [key for key in state_dict if _MAP_KEY.fullmatch(key)]:
-            if weight_map is None or not key.endswith(_map_key(weight_map)):
-                raise ValueError(
-                    f"the weights of adapter {adapter_name!r} belong to the map {_MAP_KEY.fullmatch(key)[1]}, but the "
-                    f"model has the map {weight_map and weight_map.fingerprint}, so they would be read in the wrong "
-                    f"places. The file and adapter_config.json are of different adapters, or the model's adapter was "
-                    f"made with another config; load both from one folder"
-                )
-            state_dict = {k: v for k, v in state_dict.items() if k != key}
+        bank = _adapter_bank(model)
+        if bank is not None and adapter_name in bank.arrays:
+            bank.forget(adapter_name)
+            weight_map = bank.arrays[adapter_name].weight_map
+            for key in [key for key in state_dict if key.endswith("rps_map")]:
+                shape = tuple(state_dict[key].shape)
+                if shape != weight_map.sentinel_shape():
+                    raise ValueError(
+                        f"the weights of adapter {adapter_name!r} belong to the map {shape[-1]:08x}, but the model's "
+                        f"adapter has the map {weight_map.fingerprint}, so they would be read in the wrong places. The "
+                        f"file and adapter_config.json are of different adapters, or the model's adapter was made with "
+                        f"another config; load both from one folder"
+                    )
+                state_dict = {k: v for k, v in state_dict.items() if k != key}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def _weight_map(model: nn.Module, adapter_name: str) -> WeightMap | None:
-    arrays = next((module.arrays for module in model.modules() if isinstance(module, AdapterBank)), {})
-    return arrays[adapter_name].weight_map if adapter_name in arrays else None
+def _adapter_bank(model: nn.Module) -> AdapterBank | None:
+    return next((module for module in model.modules() if isinstance(module, AdapterBank)), None)
 
 
-def _map_key(weight_map: WeightMap) -> str:
-    return f"rps_map_{weight_map.fingerprint[:16]}"
-
-
-def _without_wrappers(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's modules by name as they were before any adapter: base layers in place of the layers around them.
-
-    A layer whose weight was freed has a stand-in of its shape on the meta device.
-    """
-    modules, hidden = {}, ()
-    for name, module in model.named_modules():
-        if name.startswith(hidden):
-            continue
-        if isinstance(module, (AdapterLinear, AdapterBank, AuxiliaryTrainingWrapper)):
-            hidden += (f"{name}.",)
-        if isinstance(module, AdapterLinear):
-            freed = module.base_layer.weight is None
-            modules[name] = module.stand_in() if freed else module.base_layer
-        elif not isinstance(module, (AdapterBank, AuxiliaryTrainingWrapper)):
-            modules[name] = module
-    return modules
-
-
-def _recorded(model: nn.Module, modules: dict[str, nn.Module], targets: dict[str, Target]) -> list[Candidate]:
-    """The modules that an adapter's config records, by name."""
-    for name, target in targets.items():
-        module = modules.get(name)
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-            raise ValueError(
-                f"the adapter's config records the module {name!r}, but {type(model).__name__} has no such linear "
-                f"layer. Load the adapter on the kind of model that it was made for; for a new adapter, make a new "
-                f"RPSConfig"
-            )
-        shape = tuple(weight.shape)[:: -1 if isinstance(module, Conv1D) else 1]
-        if shape != (target.out_features, target.in_features):
-            raise ValueError(
-                f"the adapter's config records the module {name!r} with shape "
-                f"{(target.out_features, target.in_features)}, but in {type(model).__name__} it has shape {shape}. "
-                f"Load the adapter on the base model that it was made for"
-            )
-    return [Candidate(name, modules[name], isinstance(modules[name], Conv1D)) for name in targets]
+def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    return parameter.device, parameter.dtype
 
 
 def _initialise(array: SharedArray, candidates: list[Candidate], config: RPSConfig) -> None:
@@ -305,5 +242,5 @@ def _initialise(array: SharedArray, candidates: list[Candidate], config: RPSConf
 
 def register() -> None:
     """Register with PEFT, once per process."""
-    if RPSConfig().peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+    if RPS not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name="rps", config_cls=RPSConfig, model_cls=RPSModel)

@@ -1,0 +1,1 @@
+"""RPS as a PEFT method: the tuner and its parts."""

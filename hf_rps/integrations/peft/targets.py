@@ -1,0 +1,95 @@
+"""Which layers an adapter shares, on a model that may carry adapters already."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from hf_rps.config import RPSConfig
+from hf_rps.convert import check_weight, initial_std, map_name, module_name
+from hf_rps.integrations.peft.bank import AdapterBank
+from hf_rps.integrations.peft.layers import AdapterLinear, ReplaceLinear
+from hf_rps.mapping import Target
+from hf_rps.targets import Candidate, Conv1D, base_prefix, chosen_names, find_targets, is_explicit
+
+
+def adapter_targets(model: nn.Module, config: RPSConfig) -> tuple[list[Candidate], list[Target]]:
+    """The layers of a new adapter and, one each, the targets of its map.
+
+    They are those that an adapter's config records, if it was loaded, or those that the config chooses: none if its
+    ``target_modules`` match nothing. In layers that an earlier adapter replaces, a candidate's weight is what the layer
+    has now, whichever adapter is active later, or None if it has none.
+
+    Raises:
+        ValueError: The config's choice can't be shared, or the recorded modules are not in the model.
+    """
+    modules, prefix = _without_wrappers(model), base_prefix(model)
+    replaced = {name: module for name, module in model.named_modules() if isinstance(module, ReplaceLinear)}
+    if config.modules is not None:
+        targets = [Target.parse(text) for text in config.modules]
+        candidates = _recorded(model, modules, {module_name(t.name, prefix): t for t in targets})
+        return _with_weights(candidates, replaced), targets
+    if is_explicit(config) and not chosen_names(model, config, modules):
+        return [], []
+    candidates = _with_weights(find_targets(model, config, modules), replaced)
+    for candidate in candidates:
+        if candidate.module.weight is None:
+            raise ValueError(
+                f"the weight of {candidate.name!r} was freed (mode='replace') and no adapter that holds one is active, "
+                f"so a new adapter has nothing to start from; activate one, or load the base model"
+            )
+        check_weight(candidate)
+    # the standard deviations at init are those of the base model's weights, which adapters note
+    stds = {name: shared.target.std for name, layer in replaced.items() for shared in layer.shared.values()}
+    return candidates, [
+        Target(map_name(c.name, prefix), *c.weight.shape, std=stds.get(c.name) or initial_std(c.weight))
+        for c in candidates
+    ]
+
+
+def _with_weights(candidates: list[Candidate], replaced: dict[str, ReplaceLinear]) -> list[Candidate]:
+    now = {name: SimpleNamespace(weight=layer.weight) for name, layer in replaced.items()}
+    return [Candidate(c.name, now.get(c.name, c.module), c.transposed) for c in candidates]
+
+
+def _without_wrappers(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules by name as they were before any adapter: base layers in place of the layers around them.
+
+    A layer whose weight was freed has a stand-in of its shape on the meta device.
+    """
+    modules, hidden = {}, ()
+    for name, module in model.named_modules():
+        if name.startswith(hidden):
+            continue
+        if isinstance(module, (AdapterLinear, AdapterBank, AuxiliaryTrainingWrapper)):
+            hidden += (f"{name}.",)
+        if isinstance(module, AdapterLinear):
+            freed = module.base_layer.weight is None
+            modules[name] = module.stand_in() if freed else module.base_layer
+        elif not isinstance(module, (AdapterBank, AuxiliaryTrainingWrapper)):
+            modules[name] = module
+    return modules
+
+
+def _recorded(model: nn.Module, modules: dict[str, nn.Module], targets: dict[str, Target]) -> list[Candidate]:
+    """The modules that an adapter's config records, by name."""
+    for name, target in targets.items():
+        module = modules.get(name)
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+            raise ValueError(
+                f"the adapter's config records the module {name!r}, but {type(model).__name__} has no such linear "
+                f"layer. Load the adapter on the kind of model that it was made for; for a new adapter, make a new "
+                f"RPSConfig"
+            )
+        shape = tuple(weight.shape)[:: -1 if isinstance(module, Conv1D) else 1]
+        if shape != (target.out_features, target.in_features):
+            raise ValueError(
+                f"the adapter's config records the module {name!r} with shape "
+                f"{(target.out_features, target.in_features)}, but in {type(model).__name__} it has shape {shape}. "
+                f"Load the adapter on the base model that it was made for"
+            )
+    return [Candidate(name, modules[name], isinstance(modules[name], Conv1D)) for name in targets]
