@@ -516,6 +516,31 @@ def test_classification_head_and_biases_are_saved(tiny, ids, tmp_path):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_sentence_transformers(tiny, tmp_path, mode):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModel, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2, "cat": 3, "sat": 4}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        tmp_path / "b"
+    )
+    tiny("bert", AutoModel).save_pretrained(tmp_path / "b")
+    encoder = Transformer(str(tmp_path / "b"))
+    model = SentenceTransformer(modules=[encoder, Pooling(32)], device="cpu")
+    texts = ["a cat", "a cat sat"]
+    plain = model.encode(texts, convert_to_tensor=True)
+    model.add_adapter(config(mode))
+    expected = model.encode(texts, convert_to_tensor=True)
+    assert not torch.equal(expected, plain)
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    equal(again.encode(texts, convert_to_tensor=True), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_the_card_says_the_import(tiny, tmp_path, mode):
     model = get_peft_model(tiny(), config(mode, task_type="CAUSAL_LM"))
     model.add_adapter("other", config(mode))

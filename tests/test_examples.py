@@ -1,0 +1,47 @@
+"""The scripts that people copy run, and the adapter comparison counts what it says it counts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.mark.parametrize("mode", ["delta", "replace"])
+def test_peft_adapter(tiny, tmp_path, mode):
+    """The merged model of the example is a plain one that has learnt its text."""
+    base = tmp_path / "base"
+    tiny(vocab_size=384).save_pretrained(base)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(base)
+    (tmp_path / "text.txt").write_text("the same line again and again\n" * 64)
+    command = [sys.executable, SCRIPTS / "examples" / "peft_adapter.py", "--model_name_or_path", base, "--mode", mode,
+               "--train_file", tmp_path / "text.txt", "--output_dir", tmp_path / "out", "--ratio", 0.1,
+               "--learning_rate", 2e-2, "--max_steps", 40]  # fmt: skip
+    child = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-3000:]
+    ids = torch.tensor([ByT5Tokenizer(extra_ids=0)("the same line again and again").input_ids])
+    losses = {}
+    for name in ("base", "out/merged"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        with torch.no_grad():
+            losses[name] = model(ids, labels=ids).loss.item()
+    assert losses["out/merged"] < losses["base"] - 0.5  # embeddings and head are frozen
+
+
+@pytest.mark.parametrize("method", ["RPS", "LoRA", "VeRA", "UniLoRA"])
+def test_adapters_of_the_comparison_have_equal_budgets(monkeypatch, method):
+    """On an encoder of MiniLM's shape, but one head and small."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from compare_adapters import adapter_config
+    from peft import get_peft_model
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(hidden_size=48, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4)
+    for budget in (576, 1152):
+        encoder = BertModel(config)
+        model = get_peft_model(encoder, adapter_config(method, budget, encoder))
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == budget
