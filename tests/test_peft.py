@@ -171,6 +171,23 @@ def test_loss_and_gradient_equal_explicit_weights(tiny, mode, kind, tokens):
     torch.testing.assert_close(psi(model).grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"sign": "element"}, {"mapping": "roast"}, {"mapping": "hash"}, {"sharing": "block"}]
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_map_trains_and_reloads(tiny, ids, tmp_path, mode, changes):
+    model = get_peft_model(tiny(), config(mode, **changes)).eval()
+    with torch.inference_mode():
+        model(input_ids=ids)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    expected, gradient = explicit(model, tiny(), ids)
+    torch.testing.assert_close(loss.detach(), expected)
+    torch.testing.assert_close(psi(model).grad, gradient, rtol=1e-4, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    equal(logits(PeftModel.from_pretrained(tiny(), tmp_path).eval(), ids), logits(model, ids))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_only_the_array_trains_and_replaced_weights_are_freed(tiny, ids, mode):
     base = tiny()
@@ -330,6 +347,8 @@ def test_round_trips_in_a_new_process(tiny, ids, tmp_path):
         for mode in ("delta", "replace"):
             check(AutoPeftModelForCausalLM.from_pretrained(folder / mode), mode)
             check(AutoModelForCausalLM.from_pretrained(folder / mode), mode)
+            model = AutoModelForCausalLM.from_pretrained(folder / "base")
+            check(PeftModel.from_pretrained(model, folder / mode, low_cpu_mem_usage=True), mode)
             model = AutoModelForCausalLM.from_pretrained(folder / "base")
             model.load_adapter(str(folder / mode))
             check(model, mode)

@@ -92,10 +92,9 @@ class RPSModel(BaseTuner):
         if self._candidates:  # during injection
             chosen = key in self._candidates
         else:
-            name = next(name for name, config in self.peft_config.items() if config is peft_config)
-            chosen = any(
-                n == key and name in m.shared for n, m in self.model.named_modules() if isinstance(m, AdapterLinear)
-            )
+            module = self.model.get_submodule(key)
+            names = [name for name, config in self.peft_config.items() if config is peft_config]
+            chosen = isinstance(module, AdapterLinear) and not module.shared.keys().isdisjoint(names)
         if chosen or peft_config.target_modules is None:
             return chosen
         found = BaseTuner._check_target_module_exists(peft_config, key)
