@@ -534,6 +534,41 @@ def test_classification_head_and_biases_are_saved(tiny, ids, tmp_path):
     equal(logits(PeftModel.from_pretrained(make(), tmp_path).eval(), ids), logits(model, ids))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_delta_on_a_quantised_base(tiny, tmp_path, bits):
+    """It computes what the dequantised base plus the delta does, trains, reloads and merges; replacing is refused."""
+    from transformers import BitsAndBytesConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    tiny(**sizes).save_pretrained(tmp_path / "base")
+    four = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
+
+    def load():
+        quantised = BitsAndBytesConfig(**(four if bits == 4 else {"load_in_8bit": True}))
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=quantised, device_map="cpu", dtype=torch.float32
+        )
+
+    ids = torch.arange(80).view(2, 40) * 5 % 97
+    model = get_peft_model(load(), config("delta")).eval()
+    assert {layer.quantization_backend.backend_name for layer in layers(model).values()} == {f"bnb {bits}bit"}
+    dense = tiny(**sizes)
+    for name, layer in layers(model).items():
+        weight = layer.get_base_weight() + layer.get_delta_weight("default")
+        dense.get_parameter(f"{name.removeprefix('base_model.model.')}.weight").data.copy_(weight)
+    expected = logits(model, ids)
+    torch.testing.assert_close(expected, logits(dense, ids), rtol=0.02, atol=0.02)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert psi(model).grad.abs().sum() > 0
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(again, ids), expected, rtol=0.01, atol=0.01)
+    model.merge_adapter()
+    assert (logits(model, ids) - expected).norm() < 0.5 * (logits(load().eval(), ids) - expected).norm()
+    with pytest.raises(ValueError, match="RPS shares float weights"):
+        get_peft_model(load(), config("replace"))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_sentence_transformers(tiny, tmp_path, mode):
     from sentence_transformers import SentenceTransformer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -12,6 +13,13 @@ from hf_rps.integrations.peft.bank import RPSTunerLayer
 from hf_rps.weight import LazyWeight, SharedWeight, compute_dtype, takes_plain_path
 
 _FEW_TOKENS = 32  # below, two products are cheaper than building the sum of base weight and delta (measured)
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a linear layer, also of a quantised one whose weight is packed."""
+    if isinstance(layer, Conv1D):
+        return tuple(layer.weight.shape)[::-1]
+    return layer.out_features, layer.in_features
 
 
 class AdapterLinear(nn.Module, RPSTunerLayer):
@@ -29,8 +37,7 @@ class AdapterLinear(nn.Module, RPSTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.transposed = isinstance(base_layer, Conv1D)
-        shape = tuple(base_layer.weight.shape)
-        self.out_features, self.in_features = shape[::-1] if self.transposed else shape
+        self.out_features, self.in_features = features(base_layer)
         self.shared: dict[str, SharedWeight] = {}  # by adapter
         self.merged_adapters: list[str] = []
         self.training = base_layer.training
@@ -61,7 +68,16 @@ def _check_finite(weight: Tensor, adapter_name: str) -> None:
 
 
 class DeltaLinear(AdapterLinear):
-    """y = x (W0 + sum of the active adapters' W)^T + b, W0 and b being those of the base layer."""
+    """y = x (W0 + sum of the active adapters' W)^T + b, W0 and b being those of the base layer, which may be quantised.
+
+    Args:
+        base_layer: The layer that it wraps.
+        quantization: What PEFT's quantization backends ask for; see ``peft.utils.get_quantization_kwargs``.
+    """
+
+    def __init__(self, base_layer: nn.Module, **quantization):
+        super().__init__(base_layer)
+        self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -70,6 +86,8 @@ class DeltaLinear(AdapterLinear):
         if len(active) == 1 and not args and not kwargs and self._can_fuse(x, active[0]):
             return self._fused(x, active[0])
         y = self.base_layer(x, *args, **kwargs)
+        if active and self.quantization_backend is not None:
+            y = self.quantization_backend.maybe_clone_base_result(y)
         for shared in active:
             dtype = compute_dtype(x.device, x.dtype)
             y = y + shared.linear(x, None, dtype).to(y.dtype)
@@ -84,7 +102,8 @@ class DeltaLinear(AdapterLinear):
         base = self.base_layer
         weight, bias = base.weight, base.bias
         return (
-            x.numel() >= _FEW_TOKENS * self.in_features
+            self.quantization_backend is None
+            and x.numel() >= _FEW_TOKENS * self.in_features
             and type(base).forward in (nn.Linear.forward, Conv1D.forward)
             and "forward" not in base.__dict__  # as accelerate's hooks put there
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
@@ -111,9 +130,9 @@ class DeltaLinear(AdapterLinear):
     @property
     def weight(self) -> Tensor | LazyWeight:
         """The weight in use, for models that read it directly: the sum, made when it is used."""
-        weight = self.base_layer.weight
+        weight = super().weight
         active = [] if self.disable_adapters or self.merged else self._active()
-        if not active:
+        if not active or self.quantization_backend is not None:
             return weight
         return LazyWeight(
             lambda: weight + sum(self._oriented(s.materialise(weight.device, weight.dtype)) for s in active),
@@ -123,30 +142,33 @@ class DeltaLinear(AdapterLinear):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' weights to the base weight.
+        """Add the adapters' weights to the base weight, which loses precision if that is quantised.
 
         Raises:
             ValueError: ``safe_merge`` is set and an adapter holds values that are not finite; nothing is merged then.
+            TypeError: The base weight is quantised in a way that can't be changed.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.shared:
                 continue
-            delta = self.get_delta_weight(name)
-            weight = self.base_layer.weight
-            total = (weight + delta.to(weight.device)).to(weight.dtype)
+            total = self._sum(name, 1)
             if safe_merge:
                 _check_finite(self.shared[name].array.psi, name)
                 _check_finite(total, name)
-            weight.data = total
+            self.set_base_weight(total)
             self.merged_adapters.append(name)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Subtract the merged adapters' weights again."""
         while self.merged_adapters:
-            delta = self.get_delta_weight(self.merged_adapters.pop())
-            weight = self.base_layer.weight
-            weight.data = (weight - delta.to(weight.device)).to(weight.dtype)
+            self.set_base_weight(self._sum(self.merged_adapters[-1], -1))
+            self.merged_adapters.pop()
+
+    def _sum(self, adapter_name: str, sign: int) -> Tensor:
+        """Base weight plus (or minus) the adapter's, in the base weight's dtype."""
+        weight = self.get_base_weight()
+        return (weight + sign * self.get_delta_weight(adapter_name).to(weight.device)).to(weight.dtype)
 
 
 class ReplaceLinear(AdapterLinear):
@@ -164,13 +186,6 @@ class ReplaceLinear(AdapterLinear):
     def free_base(self) -> None:
         """Let go of the dense weight."""
         self.base_layer.register_parameter("weight", None)
-
-    def stand_in(self) -> nn.Module:
-        """A layer of the base layer's kind and shape, on the meta device."""
-        with torch.device("meta"):
-            if self.transposed:
-                return Conv1D(self.out_features, self.in_features)
-            return nn.Linear(self.in_features, self.out_features)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         active = [] if self.merged and not self.disable_adapters else self._active()

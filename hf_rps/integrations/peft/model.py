@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import register_peft_method
+from peft.utils import get_quantization_kwargs, register_peft_method
 from torch import nn
 
 from hf_rps.config import RPSConfig
@@ -128,9 +128,13 @@ class RPSModel(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        if not isinstance(target, AdapterLinear):  # else it is wrapped since an earlier adapter
-            layer = (ReplaceLinear if peft_config.mode == "replace" else DeltaLinear)(target)
-            self._replace_module(parent, target_name, layer, target)
+        if isinstance(target, AdapterLinear):  # wrapped since an earlier adapter
+            return
+        if peft_config.mode == "replace":
+            layer = ReplaceLinear(target)
+        else:
+            layer = DeltaLinear(target, **get_quantization_kwargs(self.model))
+        self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         """Replace a module in every parent that holds it: some models register one module twice."""
@@ -150,6 +154,7 @@ class RPSModel(BaseTuner):
             model.add_module(BANK_NAME, bank)
             bank.set_adapter(self.active_adapters)
         likes = [c.module.weight for c in candidates if c.module.weight is not None]
+        likes = [weight for weight in likes if weight.device.type != "meta"]  # where that of a quantised layer is
         device, dtype = (likes[0].device, likes[0].dtype) if likes else _device_and_dtype(model)
         device = torch.device("meta") if low_cpu_mem_usage else device
         array = bank.add(adapter_name, weight_map, config.grad_scaling, device, dtype)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
 from hf_rps.config import RPSConfig
 from hf_rps.convert import check_weight, initial_std, map_name, module_name
 from hf_rps.integrations.peft.bank import AdapterBank
-from hf_rps.integrations.peft.layers import AdapterLinear, ReplaceLinear
+from hf_rps.integrations.peft.layers import AdapterLinear, ReplaceLinear, features
 from hf_rps.mapping import Target
 from hf_rps.targets import Candidate, Conv1D, base_prefix, chosen_names, find_targets, is_explicit
 
@@ -26,7 +28,7 @@ def adapter_targets(model: nn.Module, config: RPSConfig) -> tuple[list[Candidate
     Raises:
         ValueError: The config's choice can't be shared, or the recorded modules are not in the model.
     """
-    modules, prefix = _without_wrappers(model), base_prefix(model)
+    modules, prefix = _without_wrappers(model, quantised=config.mode == "delta"), base_prefix(model)
     replaced = {name: module for name, module in model.named_modules() if isinstance(module, ReplaceLinear)}
     if config.modules is not None:
         targets = [Target.parse(text) for text in config.modules]
@@ -35,19 +37,23 @@ def adapter_targets(model: nn.Module, config: RPSConfig) -> tuple[list[Candidate
     if is_explicit(config) and not chosen_names(model, config, modules):
         return [], []
     candidates = _with_weights(find_targets(model, config, modules), replaced)
+    # the standard deviations at init are those of the base model's weights, which adapters note
+    stds = {name: shared.target.std for name, layer in replaced.items() for shared in layer.shared.values()}
     for candidate in candidates:
+        layer = model.get_submodule(candidate.name)
+        layer = layer.base_layer if isinstance(layer, AdapterLinear) else layer
+        backend = _backend(model, layer)
+        if backend is not None:
+            stds[candidate.name] = _quantised_std(backend, layer)
+            continue
         if candidate.module.weight is None:
             raise ValueError(
                 f"the weight of {candidate.name!r} was freed (mode='replace') and no adapter that holds one is active, "
                 f"so a new adapter has nothing to start from; activate one, or load the base model"
             )
         check_weight(candidate)
-    # the standard deviations at init are those of the base model's weights, which adapters note
-    stds = {name: shared.target.std for name, layer in replaced.items() for shared in layer.shared.values()}
-    return candidates, [
-        Target(map_name(c.name, prefix), *c.weight.shape, std=stds.get(c.name) or initial_std(c.weight))
-        for c in candidates
-    ]
+        stds.setdefault(candidate.name, initial_std(candidate.weight))
+    return candidates, [Target(map_name(c.name, prefix), *c.weight.shape, std=stds[c.name]) for c in candidates]
 
 
 def _with_weights(candidates: list[Candidate], replaced: dict[str, ReplaceLinear]) -> list[Candidate]:
@@ -55,10 +61,10 @@ def _with_weights(candidates: list[Candidate], replaced: dict[str, ReplaceLinear
     return [Candidate(c.name, now.get(c.name, c.module), c.transposed) for c in candidates]
 
 
-def _without_wrappers(model: nn.Module) -> dict[str, nn.Module]:
+def _without_wrappers(model: nn.Module, quantised: bool) -> dict[str, nn.Module]:
     """The model's modules by name as they were before any adapter: base layers in place of the layers around them.
 
-    A layer whose weight was freed has a stand-in of its shape on the meta device.
+    A layer whose weight was freed, or is quantised where ``quantised`` allows for that, has a stand-in of its shape.
     """
     modules, hidden = {}, ()
     for name, module in model.named_modules():
@@ -66,12 +72,32 @@ def _without_wrappers(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if isinstance(module, (AdapterLinear, AdapterBank, AuxiliaryTrainingWrapper)):
             hidden += (f"{name}.",)
-        if isinstance(module, AdapterLinear):
-            freed = module.base_layer.weight is None
-            modules[name] = module.stand_in() if freed else module.base_layer
-        elif not isinstance(module, (AdapterBank, AuxiliaryTrainingWrapper)):
-            modules[name] = module
+        if isinstance(module, (AdapterBank, AuxiliaryTrainingWrapper)):
+            continue
+        module = module.base_layer if isinstance(module, AdapterLinear) else module
+        freed = "weight" in module._parameters and module.weight is None
+        modules[name] = _stand_in(module) if freed or (quantised and _backend(model, module)) else module
     return modules
+
+
+def _backend(model: nn.Module, module: nn.Module) -> QuantizationBackend | None:
+    if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
+        return None
+    return resolve_quantization_backend(module, **get_quantization_kwargs(model))
+
+
+def _stand_in(layer: nn.Module) -> nn.Module:
+    """A plain layer of the same kind and shape on the meta device."""
+    rows, cols = features(layer)
+    with torch.device("meta"):
+        return Conv1D(rows, cols) if isinstance(layer, Conv1D) else nn.Linear(cols, rows)
+
+
+def _quantised_std(backend: QuantizationBackend, layer: nn.Module) -> float:
+    try:
+        return initial_std(backend.get_base_weight(layer))
+    except (TypeError, NotImplementedError):  # kinds that PEFT can't dequantise
+        return float(f"{layer.in_features**-0.5:.3g}")
 
 
 def _recorded(model: nn.Module, modules: dict[str, nn.Module], targets: dict[str, Target]) -> list[Candidate]:
