@@ -14,6 +14,8 @@ Work:
     step     a whole training step (forward, backward, clip, AdamW) of a GPT-2-small-shaped Llama
     decode   one token with a KV cache, the same Llama
     load     from_pretrained of the same Llama, without memory mapping
+    adapter  a whole training step of the same Llama: all of it (dense), LoRA of rank 8 and RPS in mode "delta" on all
+             linear layers
 """
 
 from __future__ import annotations
@@ -31,12 +33,15 @@ import tempfile
 import time
 from dataclasses import dataclass
 
-WORKS = ("stack", "step", "decode", "load")
+WORKS = ("stack", "step", "decode", "load", "adapter")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One form of the model: "dense", "views" (ours) or "gather" (an index and a sign a weight), and its ratio."""
+    """One form of the model and its ratio: "dense", "views" (ours), "gather" (an index and a sign a weight).
+
+    Adapters: "delta" (ours) and "lora", whose ratio is its rank.
+    """
 
     form: str
     ratio: float = 1.0
@@ -49,6 +54,18 @@ class Subject:
         from hf_rps import RPSConfig
 
         return RPSConfig(ratio=self.ratio, sign="row" if self.form == "views" else "element", grad_scaling="norm")
+
+    def apply(self, model):
+        """The model in this form."""
+        from peft import LoraConfig, get_peft_model
+
+        from hf_rps import RPSConfig, get_rps_model
+
+        if self.form == "lora":
+            return get_peft_model(model, LoraConfig(r=int(self.ratio), target_modules="all-linear"))
+        if self.form == "delta":
+            return get_peft_model(model, RPSConfig(ratio=self.ratio, mode="delta", grad_scaling="norm"))
+        return model if self.form == "dense" else get_rps_model(model, self.config())
 
 
 # ---- the worker: one subject, one work, in a process of its own
@@ -115,12 +132,8 @@ def prepare(work: str, subject: Subject, tokens: list[int], fused: bool = False)
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hf_rps import get_rps_model
-
     torch.manual_seed(0)
-    model = linear_stack() if work == "stack" else AutoModelForCausalLM.from_config(llama_config())
-    if subject.form != "dense":
-        get_rps_model(model, subject.config())
+    model = subject.apply(linear_stack() if work == "stack" else AutoModelForCausalLM.from_config(llama_config()))
     cases = {}
     if work == "stack":
         for count in tokens:
@@ -150,17 +163,19 @@ def prepare(work: str, subject: Subject, tokens: list[int], fused: bool = False)
 
         cases["decode one token after 64"] = decode
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused or None)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=fused or None)
         for count in (16, 512):
             ids = torch.randint(0, 8192, (1, count))
 
             def step(ids=ids):
-                model(ids, labels=ids).loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                model(input_ids=ids, labels=ids).loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
 
-            cases[f"{'fused ' if fused else ''}AdamW step, {count} tokens"] = step
+            kind = "fine-tuning step" if work == "adapter" else f"{'fused ' if fused else ''}AdamW step"
+            cases[f"{kind}, {count} tokens"] = step
     return cases
 
 
@@ -267,14 +282,10 @@ def bench_load(subjects: list[Subject], threads: int, rounds: int) -> list[dict]
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hf_rps import get_rps_model
-
     with tempfile.TemporaryDirectory() as folder:
         for subject in subjects:
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(llama_config())
-            if subject.form != "dense":
-                get_rps_model(model, subject.config())
+            model = subject.apply(AutoModelForCausalLM.from_config(llama_config()))
             model.save_pretrained(os.path.join(folder, subject.name))
         series = {subject: [] for subject in subjects}
         for _ in range(rounds):
@@ -357,7 +368,10 @@ def main() -> None:
         subjects += [Subject("gather", ratio) for ratio in arguments.ratios]
     rows = []
     for work in arguments.only:
-        if work == "load":
+        if work == "adapter":
+            forms = [("dense", 1.0), ("lora", 8), ("delta", 0.001), ("delta", 0.01)]
+            rows += bench(work, [Subject(*form) for form in forms], arguments)
+        elif work == "load":
             rows += bench_load([s for s in subjects if s.form != "gather"], arguments.threads, arguments.rounds)
         else:
             rows += bench(work, subjects, arguments)

@@ -53,7 +53,7 @@ class Arguments:
         default_factory=lambda: [4608, 9216, 36864], metadata={"help": "Trainable numbers of the adapter."}
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], metadata={"help": "The grid, for every method."}
+        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], metadata={"help": "The grid, for every method."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "The first one tunes."})
     epochs: int = field(default=3, metadata={"help": "Passes over the training split."})
