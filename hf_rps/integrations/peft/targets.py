@@ -96,7 +96,7 @@ def _stand_in(layer: nn.Module) -> nn.Module:
 def _quantised_std(backend: QuantizationBackend, layer: nn.Module) -> float:
     try:
         return initial_std(backend.get_base_weight(layer))
-    except (TypeError, NotImplementedError):  # kinds that PEFT can't dequantise
+    except TypeError:  # kinds that PEFT can't dequantise
         return float(f"{layer.in_features**-0.5:.3g}")
 
 
