@@ -136,6 +136,8 @@ def to_dense(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: ``model`` is not compressed.
     """
+    if hasattr(model, "peft_config"):
+        raise ValueError("this model carries PEFT adapters; call its merge_and_unload() for a plain model")
     bank = find_bank(model)
     if bank is None:
         raise ValueError(f"this {type(model).__name__} is not compressed by hf_rps: it has no bank")

@@ -41,12 +41,17 @@ class SizeReport:
 def size_report(model: nn.Module) -> SizeReport:
     """Count parameters (shared ones once) and their bytes. A dense model has n = m = 0 and equal columns.
 
+    Raises:
+        ValueError: The model carries PEFT adapters, which PEFT counts.
+
     >>> print(SizeReport(1000, 100, 1500, 600, 6000, 2400))
                                  dense             now    ratio
     targeted weights             1,000             100   0.1000
     all parameters               1,500             600   0.4000
     bytes                        6,000           2,400   0.4000
     """
+    if hasattr(model, "peft_config"):
+        raise ValueError("this model carries PEFT adapters; call its print_trainable_parameters() for their sizes")
     bank = find_bank(model)
     parameters = sum(p.numel() for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())

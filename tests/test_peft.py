@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from hf_rps import RPSConfig, get_rps_model
+from hf_rps import RPSConfig, get_rps_model, size_report, to_dense
 from hf_rps.functional import rps_delta_linear, rps_delta_linear_reference
 from hf_rps.integrations.peft import model as rps_peft
 from hf_rps.integrations.peft import peft_type
@@ -761,8 +761,13 @@ def test_an_edited_config(tiny, tmp_path):
 def test_a_compressed_model_is_not_made_by_the_wrong_door(tiny):
     with pytest.raises(ValueError, match=r"mode='delta'.*get_peft_model"):
         get_rps_model(tiny(), RPSConfig(mode="delta"))
-    with pytest.raises(ValueError, match="carries PEFT adapters"):
-        get_rps_model(get_peft_model(tiny(), config("delta")).base_model.model, RPSConfig())
+    model = get_peft_model(tiny(), config("replace"))
+    with pytest.raises(ValueError, match=r"carries PEFT adapters.*merge_and_unload"):
+        get_rps_model(model.base_model.model, RPSConfig())
+    with pytest.raises(ValueError, match=r"carries PEFT adapters.*merge_and_unload"):
+        to_dense(model)
+    with pytest.raises(ValueError, match=r"carries PEFT adapters.*print_trainable_parameters"):
+        size_report(model)
 
 
 def test_data_parallel_is_refused(tiny):
