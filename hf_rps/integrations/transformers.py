@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Patterns(set):
-    """A set of patterns that may also be added to a list, as transformers 5.0 does where later versions unite sets."""
+    """A set of patterns that may also be added to a list, as transformers 5.8 does where later versions unite sets."""
 
     def __add__(self, other):
         return [*self, *other]
