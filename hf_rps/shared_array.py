@@ -84,8 +84,9 @@ class SharedArray:
     def __init__(self, weight_map: WeightMap, grad_scaling: str):
         self.weight_map = weight_map
         self.grad_scaling = grad_scaling
-        # Gamma slot by slot, only for the mappings where it has no pieces (made here: compilers can't trace it)
-        self._gamma = None if weight_map.mapping == "fold" else torch.from_numpy(weight_map.squared_scale_array())
+        # Gamma in pieces or, for the mappings where it has none, slot by slot; made here, for compilers can't trace it
+        self._pieces = weight_map.squared_scales if weight_map.mapping == "fold" else ()
+        self._gamma = None if self._pieces else torch.from_numpy(weight_map.squared_scale_array())
         self._reset()
 
     def _reset(self) -> None:
@@ -223,13 +224,13 @@ class SharedArray:
     def _divisor_pieces(self) -> list[tuple[int, float]]:
         """(length, divisor) pieces over the m slots."""
         exponent = {"projection": 1.0, "norm": 0.5}[self.grad_scaling]
-        return [(length, value**exponent) for length, value in self.weight_map.squared_scales]
+        return [(length, value**exponent) for length, value in self._pieces]
 
     def divisor(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         """What psi's gradient is divided by, (m,): Gamma, its square root, or None for 1."""
         if self.grad_scaling == "none":
             return None
-        if self.weight_map.mapping == "fold":
+        if self._pieces:
             lengths, values = zip(*self._divisor_pieces(), strict=True)
             values = torch.tensor(values, dtype=dtype, device=device)
             return values.repeat_interleave(torch.tensor(lengths, device=device), output_size=self.weight_map.m)
@@ -243,7 +244,7 @@ class SharedArray:
             return
         key = (gradient.device, gradient.dtype, self.grad_scaling)
         if key not in self._divisors:
-            pieces = self._divisor_pieces() if self.weight_map.mapping == "fold" else []
+            pieces = self._divisor_pieces()
             if len(pieces) * _SHORT_PIECE <= self.weight_map.m and pieces:
                 lengths, values = zip(*pieces, strict=True)
                 self._divisors[key] = (list(lengths), list(values))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -34,6 +35,7 @@ TOPICS = (
     "art", "computers", "definitions", "drugs", "education", "law", "literature", "men-women", "politics", "science",
     "songs-poems", "work",
 )  # fmt: skip
+ALL = r"encoder\.layer\..*(query|key|value|dense)"  # every linear layer but the pooler's
 TRAIN, VALIDATION, TEST = 100, 30, 70  # entries a topic
 
 
@@ -47,7 +49,7 @@ class Arguments:
     )
     output_dir: str = field(default="outputs/compare_adapters", metadata={"help": "Where runs and table go."})
     methods: list[str] = field(
-        default_factory=lambda: ["RPS", "LoRA", "VeRA", "UniLoRA"], metadata={"help": "Which methods."}
+        default_factory=lambda: ["RPS", "LoRA", "VeRA", "UniLoRA", "UniLoRA-all"], metadata={"help": "Which methods."}
     )
     budgets: list[int] = field(
         default_factory=lambda: [4608, 9216, 36864], metadata={"help": "Trainable numbers of the adapter."}
@@ -79,15 +81,21 @@ class Classifier(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
+def _matches(targets: list[str] | str, name: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return name.startswith("encoder.") and name.rsplit(".", 1)[-1] in targets
+
+
 def rank_for(
     budget: int, encoder: nn.Module, count: Callable[[int, int, int], int], limit: int
-) -> tuple[int, list[str]]:
+) -> tuple[int, list[str] | str]:
     """Rank r <= ``limit`` and target modules of which an adapter has exactly ``budget`` numbers.
 
     ``count(r, out_features, in_features)`` says how many it has on one layer. Query and value are tried first.
     """
-    for targets in (["query", "value"], ["query"], ["query", "key", "value", "dense"]):
-        shapes = [m.weight.shape for n, m in encoder.encoder.named_modules() if n.rsplit(".", 1)[-1] in targets]
+    for targets in (["query", "value"], ["query"], ALL):
+        shapes = [m.weight.shape for name, m in encoder.named_modules() if _matches(targets, name)]
         for r in range(1, limit + 1):
             if sum(count(r, *shape) for shape in shapes) == budget:
                 return r, targets
@@ -98,16 +106,18 @@ def adapter_config(method: str, budget: int, encoder: nn.Module) -> PeftConfig:
     """The method's config with ``budget`` trainable numbers, otherwise as PEFT (or hf_rps) ships it."""
     if method == "RPS":
         n = sum(m.weight.numel() for m in encoder.encoder.modules() if isinstance(m, nn.Linear))
-        return RPSConfig(ratio=budget / n, mode="delta", grad_scaling="norm", exclude_modules=["pooler.dense"])
+        return RPSConfig(ratio=budget / n, mode="delta", grad_scaling="norm", target_modules=ALL)
     if method == "LoRA":
         r, targets = rank_for(budget, encoder, lambda r, rows, cols: r * (rows + cols), 64)
         return LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets)
     if method == "VeRA":
         r, targets = rank_for(budget, encoder, lambda r, rows, cols: r + rows, 1024)
         return VeraConfig(r=r, target_modules=targets)
-    if method == "UniLoRA":  # the setting of its paper: query and value; the rank leaves something to share
+    if method == "UniLoRA":  # query and value, as in its paper; the rank leaves something to share
         return UniLoraConfig(r=8, theta_d_length=budget, target_modules=["query", "value"])
-    raise ValueError(f"--methods: {method!r} is not one of RPS, LoRA, VeRA, UniLoRA, head, full")
+    if method == "UniLoRA-all":  # the layers that RPS takes
+        return UniLoraConfig(r=4, theta_d_length=budget, target_modules=ALL)
+    raise ValueError(f"--methods: {method!r} is not one of RPS, LoRA, VeRA, UniLoRA, UniLoRA-all, head, full")
 
 
 def load_text(folder: Path, tokenizer, max_length: int) -> dict[str, Dataset]:

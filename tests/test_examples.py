@@ -32,7 +32,7 @@ def test_peft_adapter(tiny, tmp_path, mode):
     assert losses["out/merged"] < losses["base"] - 0.5  # embeddings and head are frozen
 
 
-@pytest.mark.parametrize("method", ["RPS", "LoRA", "VeRA", "UniLoRA"])
+@pytest.mark.parametrize("method", ["RPS", "LoRA", "VeRA", "UniLoRA", "UniLoRA-all"])
 def test_adapters_of_the_comparison_have_equal_budgets(monkeypatch, method):
     """On an encoder of MiniLM's shape, but one head and small."""
     monkeypatch.syspath_prepend(str(SCRIPTS))

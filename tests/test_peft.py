@@ -245,10 +245,17 @@ def test_gradient_checkpointing(tiny, ids, mode, reentrant):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_compile_takes_the_plain_path(tiny, ids, mode):
+    """The whole graph of a model that has never run, with its gradient."""
     model = get_peft_model(tiny(num_hidden_layers=1), config(mode)).eval()
-    expected = logits(model, ids)
-    compiled = torch.compile(model, backend="eager")
-    torch.testing.assert_close(logits(compiled, ids), expected)
+    compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
+    found = compiled(input_ids=ids, labels=ids)
+    found.loss.backward()
+    gradient = psi(model).grad.clone()
+    model.zero_grad()
+    expected = model(input_ids=ids, labels=ids)
+    expected.loss.backward()
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(gradient, psi(model).grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
