@@ -42,11 +42,12 @@ class RowLayout:
 
     ``blocks``: (first row, number of rows, first slot); rows that follow each other in the array, a zero-copy view.
     ``torn``: (row, ((first slot, length), ...)); a row in which a run ends, in order of its pieces.
-    Every row is in exactly one of the two.
+    Every row is in exactly one of the two. ``runs``: (first slot, length) of the whole matrix, row-major.
     """
 
     rows: int
     cols: int
+    runs: tuple[tuple[int, int], ...]
     blocks: tuple[tuple[int, int, int], ...]
     torn: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
 
@@ -98,7 +99,7 @@ def row_layout(runs: list[tuple[int, int]], rows: int, cols: int) -> RowLayout:
                     torn.append((row, tuple(pieces)))
                     pieces = []
             slot, length, position = slot + taken, length - taken, position + taken
-    return RowLayout(rows, cols, tuple(blocks), tuple(torn))
+    return RowLayout(rows, cols, tuple(runs), tuple(blocks), tuple(torn))
 
 
 def slots_for(n: int, ratio: float) -> tuple[int, int]:

@@ -80,8 +80,9 @@ def rps_delta_linear(
     """Apply the linear layer whose weight is ``weight`` (rows, cols), constant, plus the W of :func:`rps_linear`.
 
     The sum is built once in the forward and once in the backward pass, in the dtype of ``weight`` and psi (they must
-    agree), and dropped: one matrix product instead of two for every product of a dense layer. The products run in the
-    dtype of x. Everything else is as in :func:`rps_linear`.
+    agree), and dropped: one matrix product instead of two for every product of a dense layer. The gradient of the sum
+    is made whole, too, and folded into psi's: at the ratios of adapters a matrix has so many blocks that a product a
+    block is slow. The products run in the dtype of x. Everything else is as in :func:`rps_linear`.
     """
     return _RPSDeltaLinear.apply(x, weight, psi, bias, row_scale, layout, buffer)
 
@@ -95,13 +96,12 @@ def rps_delta_linear_reference(
 
 def dense_weight(psi: Tensor, layout: RowLayout, row_scale: Tensor) -> Tensor:
     """W (rows, cols) = row_scale[r] * psi[slot(r, c)], differentiable in psi (m,)."""
-    pieces: dict[int, list[Tensor]] = {}
-    for row, count, slot in layout.blocks:
-        pieces[row] = [psi[slot : slot + count * layout.cols]]
-    for row, parts in layout.torn:
-        pieces[row] = [psi[slot : slot + length] for slot, length in parts]
-    flat = torch.cat([part for row in sorted(pieces) for part in pieces[row]])
-    return (flat.view(layout.rows, layout.cols) * row_scale[:, None]).to(psi.dtype)
+    return (_unscaled(psi, layout) * row_scale[:, None]).to(psi.dtype)
+
+
+def _unscaled(psi: Tensor, layout: RowLayout) -> Tensor:
+    """W without sign and scale (rows, cols), pieced together; differentiable in psi."""
+    return torch.cat([psi[slot : slot + length] for slot, length in layout.runs]).view(layout.rows, layout.cols)
 
 
 def indexed_weight(psi: Tensor, slots: Tensor, signed_scale: Tensor) -> Tensor:
@@ -210,16 +210,16 @@ class _RPSLinear(torch.autograd.Function):
 
 def _added(weight: Tensor, psi: Tensor, layout: RowLayout, row_scale: Tensor) -> Tensor:
     """``weight`` (rows, cols), in whatever order it lies, plus the shared weight: a new contiguous tensor."""
-    cols, total = layout.cols, torch.empty(layout.rows, layout.cols, dtype=weight.dtype, device=weight.device)
-    scale = row_scale.to(weight.dtype)[:, None]
-    for row, count, slot in layout.blocks:
-        block, view = slice(row, row + count), psi[slot : slot + count * cols].view(count, cols)
-        torch.addcmul(weight[block], view, scale[block], out=total[block])
-    if layout.torn:
-        torn = _torn_rows(psi, layout)
-        for i, (row, _) in enumerate(layout.torn):
-            torch.addcmul(weight[row], torn[i], scale[row], out=total[row])
-    return total
+    total = torch.empty(layout.rows, layout.cols, dtype=weight.dtype, device=weight.device)
+    return torch.addcmul(weight, _unscaled(psi, layout), row_scale[:, None].to(weight.dtype), out=total)
+
+
+def _fold_gradient(buffer: Tensor, gradient: Tensor, layout: RowLayout) -> None:
+    """Add the gradient (rows, cols) of the unscaled weight into the slots of ``buffer`` (m,) that the weight reads."""
+    gradient, start = gradient.view(-1), 0
+    for slot, length in layout.runs:
+        buffer[slot : slot + length].add_(gradient[start : start + length])
+        start += length
 
 
 class _RPSDeltaLinear(torch.autograd.Function):
@@ -255,5 +255,5 @@ class _RPSDeltaLinear(torch.autograd.Function):
             gx = (flat @ _added(weight, psi, layout, row_scale).to(gy.dtype)).view(x.shape)
         if needs_psi:
             scaled = (flat * row_scale).to(flat.dtype)
-            _add_weight_gradient(ctx.buffer.get(psi), scaled, x.reshape(-1, layout.cols), layout)
+            _fold_gradient(ctx.buffer.get(psi), scaled.t() @ x.reshape(-1, layout.cols), layout)
         return gx, None, None, gbias, None, None, None
