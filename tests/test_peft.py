@@ -444,9 +444,10 @@ def test_two_adapters(tiny, ids, mode):
     equal(logits(model, ids), alone["a"])
 
 
-def test_a_second_replacement_starts_from_the_first(tiny, ids):
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_second_replacement_starts_from_the_first(tiny, ids, kind):
     """Projected from the weights that the model has: with the same map, the same array."""
-    model = get_peft_model(tiny(), RPSConfig(ratio=0.2), adapter_name="a").eval()
+    model = get_peft_model(tiny(kind), RPSConfig(ratio=0.2), adapter_name="a").eval()
     model.add_adapter("b", RPSConfig(ratio=0.2))
     torch.testing.assert_close(psi(model, "b"), psi(model, "a"))
 

@@ -16,9 +16,9 @@ _FEW_TOKENS = 32  # below, two products are cheaper than building the sum of bas
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a linear layer, also of a quantised one whose weight is packed."""
+    """(out_features, in_features) of a linear layer, also of one whose weight is packed or freed."""
     if isinstance(layer, Conv1D):
-        return tuple(layer.weight.shape)[::-1]
+        return layer.nf, layer.nx
     return layer.out_features, layer.in_features
 
 
