@@ -164,6 +164,15 @@ def _add_weight_gradient(buffer: Tensor, gy: Tensor, x: Tensor, layout: RowLayou
                 column += length
 
 
+def _plain_gradients(
+    y: Tensor, gy: Tensor, inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Differentiable gradients of the plain path's output y with respect to the ``inputs`` that need one."""
+    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+    gradients = iter(torch.autograd.grad(y, wanted, gy, create_graph=True))
+    return tuple(next(gradients) if need else None for need in needed)
+
+
 class _RPSLinear(torch.autograd.Function):
     """The fast path. Its backward returns no gradient for psi: it adds it to the buffer, which the gate returns."""
 
@@ -189,10 +198,8 @@ class _RPSLinear(torch.autograd.Function):
         x, psi, bias, row_scale = ctx.saved_tensors
         needs_x, needs_psi, needs_bias = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # double backward: differentiate the plain path
-            inputs = [t for t, needed in ((x, needs_x), (psi, needs_psi), (bias, needs_bias)) if needed]
             y = rps_linear_reference(x, psi, ctx.layout, row_scale, bias)
-            grads = iter(torch.autograd.grad(y, inputs, gy, create_graph=True))
-            gx, gpsi, gbias = (next(grads) if needed else None for needed in (needs_x, needs_psi, needs_bias))
+            gx, gpsi, gbias = _plain_gradients(y, gy, (x, psi, bias), (needs_x, needs_psi, needs_bias))
             return gx, gpsi, gbias, None, None, None
         layout = ctx.layout
         flat = gy.reshape(-1, layout.rows)
@@ -242,10 +249,8 @@ class _RPSDeltaLinear(torch.autograd.Function):
         needs_x, _, needs_psi, needs_bias = ctx.needs_input_grad[:4]
         layout = ctx.layout
         if torch.is_grad_enabled():  # double backward: differentiate the plain path
-            inputs = [t for t, needed in ((x, needs_x), (psi, needs_psi), (bias, needs_bias)) if needed]
             y = rps_delta_linear_reference(x, weight, psi, layout, row_scale, bias)
-            grads = iter(torch.autograd.grad(y, inputs, gy, create_graph=True))
-            gx, gpsi, gbias = (next(grads) if needed else None for needed in (needs_x, needs_psi, needs_bias))
+            gx, gpsi, gbias = _plain_gradients(y, gy, (x, psi, bias), (needs_x, needs_psi, needs_bias))
             return gx, None, gpsi, gbias, None, None, None
         flat = gy.reshape(-1, layout.rows)
         gx = gbias = None

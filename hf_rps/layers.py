@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hf_rps.bank import Bank
-from hf_rps.weight import LazyWeight, SharedWeight, compute_dtype
+from hf_rps.weight import LazyWeight, SharedWeight, compute_dtype, refuse_data_parallel
 
 
 class RPSLinear(nn.Module):
@@ -80,7 +80,4 @@ class RPSLinear(nn.Module):
                 )
 
     def _replicate_for_data_parallel(self):
-        raise RuntimeError(
-            "torch.nn.DataParallel can't replicate a model with shared weights (its layers read one bank). Start one "
-            "process per GPU instead (accelerate launch, torchrun), or show one GPU only (CUDA_VISIBLE_DEVICES=0)."
-        )
+        refuse_data_parallel()

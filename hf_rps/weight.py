@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,14 @@ def compute_dtype(device: torch.device, default: torch.dtype) -> torch.dtype:
 def takes_plain_path() -> bool:
     """True where the custom autograd node can't be used: under torch.compile, torch.export and torch.func."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def refuse_data_parallel() -> NoReturn:
+    """Raise where torch.nn.DataParallel asks a layer for a replica."""
+    raise RuntimeError(
+        "torch.nn.DataParallel can't replicate a model with shared weights (its layers read one bank). Start one "
+        "process per GPU instead (accelerate launch, torchrun), or show one GPU only (CUDA_VISIBLE_DEVICES=0)."
+    )
 
 
 class SharedWeight:

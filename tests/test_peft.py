@@ -136,6 +136,24 @@ def test_delta_function_equals_its_reference(rows, cols, m, tokens, transposed, 
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def test_a_fused_delta_differentiates_twice(monkeypatch):
+    """The gradient of a gradient penalty is that of two separate products, whose own is tested with the layers."""
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = get_peft_model(
+            nn.Sequential(nn.Linear(6, 5)).double(), config("delta", target_modules=["0"], ratio=0.5)
+        )
+        x = torch.randn(40, 6, dtype=torch.float64, requires_grad=True)
+        if not fused:
+            monkeypatch.setattr(DeltaLinear, "_can_fuse", lambda *arguments: False)
+        (gradient,) = torch.autograd.grad(model(x).pow(3).sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        found.append((psi(model).grad, x.grad))
+        assert found[-1][0].norm() > 0
+    torch.testing.assert_close(found[0], found[1])
+
+
 def explicit(model, dense, ids):
     """Loss and gradient of psi through weights built out of psi by plain operations."""
     array = psi(model).detach().clone().requires_grad_()

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_rps.functional import rps_delta_linear
 from hf_rps.integrations.peft.bank import RPSTunerLayer
-from hf_rps.weight import LazyWeight, SharedWeight, compute_dtype, takes_plain_path
+from hf_rps.weight import LazyWeight, SharedWeight, compute_dtype, refuse_data_parallel, takes_plain_path
 
 _FEW_TOKENS = 32  # below, two products are cheaper than building the sum of base weight and delta (measured)
 
@@ -56,10 +56,7 @@ class AdapterLinear(nn.Module, RPSTunerLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
     def _replicate_for_data_parallel(self):
-        raise RuntimeError(
-            "torch.nn.DataParallel can't replicate a model with RPS adapters (its layers read one bank). Start one "
-            "process per GPU instead (accelerate launch, torchrun), or show one GPU only (CUDA_VISIBLE_DEVICES=0)."
-        )
+        refuse_data_parallel()
 
 
 def _check_finite(weight: Tensor, adapter_name: str) -> None:
