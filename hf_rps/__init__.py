@@ -3,6 +3,7 @@
 from hf_rps.config import RPSConfig
 from hf_rps.convert import get_rps_model, to_dense
 from hf_rps.integrations import transformers as _transformers
+from hf_rps.integrations.hub import push_to_hub
 from hf_rps.integrations.peft import model as _peft
 from hf_rps.report import SizeReport, size_report
 from hf_rps.version import __version__
@@ -12,6 +13,7 @@ __all__ = [
     "SizeReport",
     "__version__",
     "get_rps_model",
+    "push_to_hub",
     "size_report",
     "to_dense",
 ]

@@ -8,20 +8,29 @@ the id of the save it belongs to. A checkpoint loads only if all of it fits toge
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_rps.bank import Bank
 from hf_rps.config import RPSConfig
 from hf_rps.convert import BANK_NAME, convert, find_bank, install, module_name, to_dense
+from hf_rps.integrations.model_card import TAGS
 from hf_rps.integrations.quantization_config import FORMAT_VERSION, RPSQuantizationConfig
-from hf_rps.integrations.weights_files import check_files, content_id, count_saved
+from hf_rps.integrations.weights_files import (
+    check_files,
+    check_gathered,
+    content_id,
+    count_saved,
+    drop_tied,
+    whole_state,
+)
 from hf_rps.layers import RPSLinear
 from hf_rps.mapping import WeightMap
 from hf_rps.targets import Conv1D, base_prefix
@@ -133,7 +142,13 @@ class RPSQuantizer(HfQuantizer):
         bank = find_bank(model)
         if bank is None:
             return None, {}
-        state = model.state_dict()
+        is_main_process, given = _arguments_of_save_pretrained()
+        state = whole_state(model, is_main_process) if given is None else dict(given)
+        if not is_main_process:
+            return state, {}
+        if given is not None and not getattr(model, "_hf_peft_config_loaded", False):
+            check_gathered(state, f"{bank_prefix(model)}.psi", (bank.weight_map.m,))
+        drop_tied(model, state)
         config = self.quantization_config
         config.save_id = content_id(state)
         state[sentinel_key(model)] = torch.empty(bank.weight_map.sentinel_shape(), dtype=bank.psi.dtype)
@@ -150,6 +165,24 @@ class RPSQuantizer(HfQuantizer):
         return to_dense(model)
 
 
+def _arguments_of_save_pretrained() -> tuple[bool, dict[str, Tensor] | None]:
+    """``is_main_process`` and ``state_dict`` of the save_pretrained call that asks the quantizer for what to write.
+
+    transformers hands on neither, and drops the state it was given. But Trainer and accelerate gather the state of a
+    sharded model beforehand and save on the main process alone, where gathering it again would wait for ever. An
+    override of save_pretrained on the model would have to hold the model, a cycle that keeps its memory.
+    """
+    frame = inspect.currentframe().f_back.f_back
+    if frame is None or frame.f_code.co_name != "save_pretrained":
+        return True, None
+    return frame.f_locals.get("is_main_process", True), frame.f_locals.get("state_dict")
+
+
+def _keep_state(model: nn.Module, state: dict[str, Tensor], *args, **kwargs) -> dict[str, Tensor]:
+    """In the place of a sharded model's own gathering, which would lose the sentinel: the quantizer has gathered."""
+    return state
+
+
 def bank_prefix(model: nn.Module) -> str:
     """State-dict prefix of the bank, without a trailing dot."""
     return base_prefix(model) + BANK_NAME
@@ -158,7 +191,8 @@ def bank_prefix(model: nn.Module) -> str:
 def sentinel_key(model: nn.Module) -> str:
     """Name of the empty tensor that stands in the file for one shared weight: a reader that does not know RPS finds a
     size mismatch there, instead of initialising a dense weight silently. See WeightMap.sentinel_shape."""
-    return next(name for name, module in model.named_modules() if isinstance(module, RPSLinear)) + ".weight"
+    layer = next(module for module in model.modules() if isinstance(module, RPSLinear))
+    return module_name(layer.name, base_prefix(model)) + ".weight"  # by the map: wrappers change the modules' names
 
 
 def mark_compressed(model: nn.Module, config: RPSConfig | RPSQuantizationConfig, bank: Bank) -> None:
@@ -172,9 +206,12 @@ def mark_compressed(model: nn.Module, config: RPSConfig | RPSQuantizationConfig,
         # names in the file are the module names: reverting them to legacy names would lose tensors in Trainer's resume
         owner._weight_conversions = []
         owner.hf_quantizer = RPSQuantizer(config, pre_quantized=True)
+        owner.gather_sharded_state_dict_for_save = _keep_state
         owner.quantization_method = "rps"
         owner.is_quantized = False  # nothing that transformers forbids quantized models applies here
         owner.config.quantization_config = config
+        # transformers writes them into the card of every push, where a reader can see what to import
+        owner.model_tags = [*(tag for tag in owner.model_tags or () if tag not in TAGS), *TAGS]
 
 
 def unmark_compressed(model: nn.Module) -> None:
@@ -184,7 +221,9 @@ def unmark_compressed(model: nn.Module) -> None:
         owner.__dict__.pop("_weight_conversions", None)
         if saved != "unset":
             owner._weight_conversions = saved
-        for name in ("hf_quantizer", "quantization_method", "is_quantized", "_keys_to_ignore_on_load_unexpected"):
+        owner.model_tags = [tag for tag in owner.model_tags or () if tag not in TAGS] or None
+        for name in ("hf_quantizer", "gather_sharded_state_dict_for_save", "quantization_method", "is_quantized",
+                     "_keys_to_ignore_on_load_unexpected"):  # fmt: skip
             owner.__dict__.pop(name, None)
         for name in ("quantization_config", "_is_quantized"):
             owner.config.__dict__.pop(name, None)

@@ -13,24 +13,59 @@ import uuid
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from hf_rps.convert import BANK_NAME
 from hf_rps.integrations.quantization_config import RPSQuantizationConfig
 
 
-def count_saved(model: nn.Module, state: dict[str, torch.Tensor]) -> int:
-    """How many of the tensors save_pretrained will write: all but ignored and tied ones."""
+def count_saved(model: nn.Module, state: dict[str, Tensor]) -> int:
+    """How many of the tensors save_pretrained will write: all but the ignored ones."""
     ignored = set(model._keys_to_ignore_on_save or ())
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    return len([key for key in state if key not in ignored and key not in tied])
+    return len([key for key in state if key not in ignored])
 
 
-def content_id(state: dict[str, torch.Tensor]) -> str:
+def whole_state(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """The state of ``model``; one that is sharded (FSDP2) is gathered in CPU memory, tensor by tensor.
+
+    Gathering is a collective, for which every process must call. Those that do not ``keep`` the result get nothing.
+    """
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if hasattr(tensor, "full_tensor"):  # a DTensor, whose class a torch without torch.distributed lacks
+            # an offloaded shard must go to the device whose processes can gather it
+            tensor = tensor.to(tensor.device_mesh.device_type).full_tensor().cpu()
+        if keep:
+            state[name] = tensor
+    return state
+
+
+def check_gathered(state: dict[str, Tensor], key: str, shape: tuple[int, ...]) -> None:
+    """Refuse a ``state_dict`` given to save_pretrained that is not the whole state; ``key`` is psi's name in it."""
+    psi = state.get(key)
+    if psi is None or hasattr(psi, "full_tensor") or tuple(psi.shape) != shape:
+        found = "none" if psi is None else f"a {type(psi).__name__} of shape {tuple(psi.shape)}"
+        raise ValueError(
+            f"state_dict must hold the whole shared array {key} of shape {shape}, but of its {len(state)} entries "
+            f"it is {found}. Gather it first (accelerate: accelerator.get_state_dict(model)), or leave state_dict out "
+            f"and call save_pretrained on every process with is_main_process=(rank == 0)"
+        )
+
+
+def drop_tied(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Remove tied copies: transformers knows them by their memory, which copies that were gathered no longer share."""
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name in state and source in state:
+            copied, kept = state[name], state[source]
+            if copied.data_ptr() == kept.data_ptr() or torch.equal(copied, kept):
+                del state[name]
+
+
+def content_id(state: dict[str, Tensor]) -> str:
     """Digest of all tensors, so that equal models are saved as equal files; random where they are not in memory."""
     digest = hashlib.sha256()
     for name, tensor in state.items():
-        if tensor.is_meta or type(tensor).__name__ == "DTensor":
+        if tensor.is_meta:
             return uuid.uuid4().hex
         data = tensor.detach().cpu().contiguous().flatten()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

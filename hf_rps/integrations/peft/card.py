@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from hf_rps.integrations.model_card import REPOSITORY, TAGS, with_note
 from hf_rps.version import __version__
 
 _CLASSES = {
@@ -24,7 +25,7 @@ This is an adapter of the method RPS (randomized parameter sharing), made with h
 import hf_rps
 from peft import {auto_class}
 
-model = {auto_class}.from_pretrained("THIS_REPOSITORY")
+model = {auto_class}.from_pretrained("{repository}")
 ```
 
 {kind} {m:,} trained numbers stand for {n:,} weights of {count} modules (ratio {ratio:.3g}).
@@ -46,13 +47,13 @@ def write_card(folder: Path, config) -> None:
     if path.exists():
         card = ModelCard.load(path)
     else:
-        data = ModelCardData(library_name="peft", base_model=config.base_model_name_or_path or None, tags=["rps"])
+        data = ModelCardData(library_name="peft", base_model=config.base_model_name_or_path or None)
         card = ModelCard(f"---\n{data.to_yaml()}\n---\n")
-    if "import hf_rps" in card.text:
-        return
+    card.data.tags = [*(tag for tag in card.data.tags or () if tag not in TAGS), *TAGS]
     weight_map = config.recorded
     task = getattr(config.task_type, "value", config.task_type)
     note = _NOTE.format(
+        repository=REPOSITORY,
         version=__version__,
         auto_class=_CLASSES.get(task, "AutoPeftModel"),
         kind=_KINDS[config.mode],
@@ -61,5 +62,4 @@ def write_card(folder: Path, config) -> None:
         count=len(weight_map.targets),
         ratio=weight_map.m / weight_map.n,
     )
-    card.text = f"\n{note}\n{card.text.lstrip()}"
-    card.save(path)
+    path.write_text(with_note(str(card), note), encoding="utf-8", newline="")

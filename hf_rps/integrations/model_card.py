@@ -1,0 +1,302 @@
+"""The model card: what a reader must do first, how small the model is, how good, and how it was made."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers.models.auto import modeling_auto
+
+from hf_rps.mapping import Target
+from hf_rps.version import __version__
+
+TAGS = ("rps", "hf_rps")
+REPOSITORY = "THIS_REPOSITORY"  # stands in snippets for the name that only push_to_hub knows
+GENERATED = "Written by hf_rps, and anew when other weights are pushed. Remove this line to keep the card as it is."
+_TEMPLATE = Path(__file__).with_name("model_card_template.md")
+_FIRST_LINES = 20
+_NOTE = """\
+**Import `hf_rps` before you load this model**: its weights are shared, and without hf_rps transformers stops at a \
+size mismatch.
+
+```python
+{snippet}
+```"""
+
+# Auto class, task of the Hub, table of transformers. The order tells apart classes that stand in several tables.
+_TASKS = [
+    ("AutoModelForSequenceClassification", "text-classification", "SEQUENCE_CLASSIFICATION"),
+    ("AutoModelForTokenClassification", "token-classification", "TOKEN_CLASSIFICATION"),
+    ("AutoModelForQuestionAnswering", "question-answering", "QUESTION_ANSWERING"),
+    ("AutoModelForMultipleChoice", "multiple-choice", "MULTIPLE_CHOICE"),
+    ("AutoModelForImageClassification", "image-classification", "IMAGE_CLASSIFICATION"),
+    ("AutoModelForImageTextToText", "image-text-to-text", "IMAGE_TEXT_TO_TEXT"),
+    ("AutoModelForObjectDetection", "object-detection", "OBJECT_DETECTION"),
+    ("AutoModelForSemanticSegmentation", "image-segmentation", "SEMANTIC_SEGMENTATION"),
+    ("AutoModelForAudioClassification", "audio-classification", "AUDIO_CLASSIFICATION"),
+    ("AutoModelForCTC", "automatic-speech-recognition", "CTC"),
+    ("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition", "SPEECH_SEQ_2_SEQ"),
+    ("AutoModelForSeq2SeqLM", "text2text-generation", "SEQ_TO_SEQ_CAUSAL_LM"),
+    ("AutoModelForMaskedLM", "fill-mask", "MASKED_LM"),
+    ("AutoModelForCausalLM", "text-generation", "CAUSAL_LM"),
+]
+
+
+@dataclass(frozen=True)
+class _Compressed:
+    """What config.json says of a compressed model; ``unused`` of the n weights belong to modules it does not have."""
+
+    architecture: str
+    n: int
+    m: int
+    count: int
+    unused: int
+
+
+def write_model_card(
+    folder: str | os.PathLike,
+    *,
+    model_name: str | None = None,
+    task: str | None = None,
+    dataset: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    base_model: str | None = None,
+    teacher: str | None = None,
+    learning_curve: str | None = None,
+    command: str | None = None,
+    versions: Mapping[str, str] | None = None,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+) -> ModelCard:
+    """Write README.md of a folder that save_pretrained wrote, over any that is there.
+
+    The sizes come from the folder itself. Parts without content are left out.
+
+    Args:
+        folder: A compressed or a dense transformers model.
+        model_name: Title of the card. Default: the folder's name.
+        task: Task in the Hub's words, such as "text-classification". Default: what the model's class is for.
+        dataset: Name of the data that the metrics were measured on, on the Hub or any other.
+        metrics: Results by name, such as {"test_accuracy": 0.9}. With ``dataset`` they also go to the metadata
+            (``model-index``), if they are finite.
+        base_model: The model it was made from, on the Hub or any other. Of a local path only the last part is told.
+        teacher: The model it was distilled from; likewise.
+        learning_curve: Name of an image in ``folder``.
+        command: The command that made the model.
+        versions: Further packages and their versions, beside those of Python, torch, transformers and hf_rps.
+        language, license: For the metadata.
+
+    Returns:
+        The card, as written.
+
+    Raises:
+        ValueError: ``folder`` is no model, or lacks ``learning_curve``.
+        TypeError: A metric is not a number.
+    """
+    folder = Path(folder).expanduser()
+    config = read_config(folder)
+    compressed = _compressed(config)
+    auto_class, default_task = _auto_class(config)
+    if learning_curve is not None and not (folder / learning_curve).is_file():
+        raise ValueError(f"learning_curve={learning_curve!r} is not a file in {folder}; save the image there first")
+    for name, value in (metrics or {}).items():
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            raise TypeError(f"metrics[{name!r}] must be a number, got {value!r}; leave it out of the card")
+    results = {name: float(value) for name, value in (metrics or {}).items()}
+    task, title = task or default_task, model_name or folder.resolve().name
+    snippet = _snippet(auto_class)
+    data = ModelCardData(
+        language=language,
+        license=license,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=list(TAGS) if compressed else None,
+        base_model=_hub_name(base_model),
+        datasets=_hub_name(dataset) if dataset and "/" in dataset else None,
+        metrics=list(dict.fromkeys(map(_metric_type, results))) or None,
+        **_model_index(title, task, dataset, results),
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATE),
+        title=title,
+        note=import_note(config) if compressed else None,
+        snippet=snippet,
+        compressed=compressed,
+        sizes=_sizes(folder, compressed),
+        results=results,
+        dataset=dataset,
+        learning_curve=learning_curve,
+        facts=_facts(config, base_model, teacher, versions),
+        command=command,
+        generated=GENERATED,
+    )
+    card.save(folder / "README.md")
+    return card
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of ``folder``.
+
+    Raises:
+        ValueError: There is none, or it is not JSON.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} has no config.json, so it is not a transformers model; give the folder that "
+            f"model.save_pretrained wrote"
+        )
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); save the model again") from error
+
+
+def is_compressed(config: dict) -> bool:
+    """True for the config.json of a model that hf_rps compressed."""
+    return (config.get("quantization_config") or {}).get("quant_method") == "rps"
+
+
+def import_note(config: dict) -> str:
+    """The lines about ``import hf_rps`` that a compressed model's card begins with."""
+    return _NOTE.format(snippet="import hf_rps\n" + _snippet(_auto_class(config)[0]))
+
+
+def with_note(text: str, note: str) -> str:
+    """The README ``text`` with ``note`` first after its metadata, unless its first lines say ``import hf_rps``.
+
+    >>> print(with_note("---\\ntags: [a]\\n---\\n# Title", "import hf_rps first"))
+    ---
+    tags: [a]
+    ---
+    <BLANKLINE>
+    import hf_rps first
+    <BLANKLINE>
+    # Title
+    """
+    metadata = REGEX_YAML_BLOCK.match(text)
+    start = metadata.end() if metadata else 0
+    body = text[start:].lstrip()
+    if "import hf_rps" in "\n".join(body.splitlines()[:_FIRST_LINES]):
+        return text
+    return f"{text[:start]}\n{note.strip()}\n\n{body}"
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """The safetensors files that from_pretrained would read from ``folder``, whether they exist or not."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not single.is_file() and index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    return [single]
+
+
+def _compressed(config: dict) -> _Compressed | None:
+    if not is_compressed(config):
+        return None
+    recorded = config["quantization_config"]
+    n, m, modules = (recorded.get(field) for field in ("n", "m", "modules"))
+    if not (n and m and modules):
+        raise ValueError(
+            "config.json has a quantization_config of method 'rps' without n, m and modules; it was edited, so "
+            "restore the one that save_pretrained wrote"
+        )
+    unused = set(recorded.get("unused_modules") or ())
+    targets = [Target.parse(text) for text in modules]
+    names = config.get("architectures") or ["A model"]
+    return _Compressed(names[0], n, m, len(targets), sum(t.numel for t in targets if t.name in unused))
+
+
+def _auto_class(config: dict) -> tuple[str, str | None]:
+    """The class that loads the model, and its task if that is known."""
+    name, kind = (config.get("architectures") or [None])[0], config.get("model_type")
+    for auto_class, task, table in _TASKS:
+        if name is not None and name == getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES", {}).get(kind):
+            return auto_class, task
+    is_base = name == modeling_auto.MODEL_MAPPING_NAMES.get(kind)
+    return "AutoModel", "feature-extraction" if is_base else None
+
+
+def _snippet(auto_class: str) -> str:
+    return f'from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained("{REPOSITORY}")'
+
+
+def _hub_name(name: str | None) -> str | None:
+    """``name`` if it can be one of the Hub; the metadata must not hold others."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return None if name is None or os.path.exists(name) else name
+
+
+def _model_index(title: str, task: str | None, dataset: str | None, results: dict[str, float]) -> dict:
+    finite = {name: value for name, value in results.items() if math.isfinite(value)}
+    if not (finite and task and dataset):
+        return {}
+    kind = dataset if "/" in dataset and _hub_name(dataset) else re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-")
+    return {
+        "model_name": title,
+        "eval_results": [
+            EvalResult(
+                task_type=task, dataset_type=kind, dataset_name=dataset, metric_type=_metric_type(name),
+                metric_name=name, metric_value=value,
+            )
+            for name, value in finite.items()
+        ],
+    }  # fmt: skip
+
+
+def _metric_type(name: str) -> str:
+    """The Hub's word for a metric, which does not say on what part of the data it was measured."""
+    return re.sub(r"^(train|validation|eval|test)_", "", name)
+
+
+def _sizes(folder: Path, compressed: _Compressed | None) -> list[tuple[str, int, int]]:
+    """Rows of the table of sizes: what is counted, of the dense model, of this one."""
+    rows = [("shared weights", compressed.n, compressed.m)] if compressed else []
+    files = [file for file in weights_files(folder) if file.is_file()]
+    if not files:
+        return rows
+    size, total, width = sum(file.stat().st_size for file in files), 0, 0
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for key in reader.keys():  # noqa: SIM118 (not a dict)
+                    part = reader.get_slice(key)
+                    total += math.prod(part.get_shape())
+                    if f".{key}".endswith(".rps.psi"):
+                        width = int(re.search(r"\d+", part.get_dtype())[0]) // 8  # "F32", "BF16": bytes of a number
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is not a whole safetensors file ({error}); save the model again") from error
+    added = compressed.n - compressed.unused - compressed.m if compressed else 0
+    return [*rows, ("all numbers", total + added, total), ("bytes of the weights", size + added * width, size)]
+
+
+def _facts(config: dict, base_model: str | None, teacher: str | None, versions: Mapping[str, str] | None) -> dict:
+    facts = {name: _short(value) for name, value in (("base model", base_model), ("teacher", teacher)) if value}
+    if is_compressed(config):
+        recorded = config["quantization_config"]
+        fields = ("ratio", "seed", "sharing", "mapping", "sign", "grad_scaling")
+        settings = ", ".join(f"{name}={recorded[name]!r}" for name in fields if name in recorded)
+        facts["compression"] = f"`RPSConfig({settings})`"
+    used = {"hf_rps": __version__, "Python": platform.python_version()}
+    used |= {name: version(name) for name in ("torch", "transformers")} | dict(versions or {})
+    return facts | {"versions": ", ".join(f"{name} {number}" for name, number in used.items())}
+
+
+def _short(name: str) -> str:
+    """A local path is nobody else's business but for its last part."""
+    return Path(name).resolve().name if os.path.exists(name) else name
