@@ -2,77 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
+import argparse
 import sys
-import types
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple, get_type_hints
 
-import yaml
+from _parsing import CheckedArguments, parse_overrides, read_mapping
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from hf_rps import RPSConfig
 
 DIGITS = "sklearn/digits"
-TASKS = ("text-classification", "image-classification", "causal-lm")
+TASKS = (
+    "text-classification",
+    "token-classification",
+    "image-classification",
+    "causal-lm",
+    "masked-lm",
+    "seq2seq",
+    "feature-extraction",
+)
 FILE_FORMATS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text",
 }  # fmt: skip
 _REGEX = set("*+?()[]{}|\\^$")
-
-
-class CheckedArguments:
-    """Checks every field against its type, so that a value from a YAML file is as safe as one from a flag."""
-
-    def __post_init__(self):
-        hints = get_type_hints(type(self))
-        for item in fields(self):
-            setattr(self, item.name, _coerce(item.name, getattr(self, item.name), hints[item.name]))
-
-
-def _coerce(name: str, value, hint):
-    """``value`` as the type ``hint`` (a class, Literal, list[...] or a union of them), or a ValueError."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for option in options:
-        origin = get_origin(option) or option
-        if origin is Literal:
-            if value in get_args(option):
-                return value
-        elif origin is float:
-            try:  # YAML reads 1e-3 as a string
-                return float(value) if not isinstance(value, bool) else _fail(name, value, "a number")
-            except (TypeError, ValueError):
-                continue
-        elif origin is list:
-            if isinstance(value, list) and all(isinstance(entry, get_args(option)[0]) for entry in value):
-                return value
-        elif isinstance(value, origin) and not (isinstance(value, bool) and origin is int):
-            return value
-    choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
-    expected = " or ".join("nothing" if o is types.NoneType else getattr(o, "__name__", str(o)) for o in options)
-    return _fail(name, value, f"one of {choices}" if choices else expected)
-
-
-def _fail(name: str, value, expected: str):
-    raise ValueError(f"{name}={value!r} is not valid; expected {expected}")
-
-
-_RANGES = {
-    "a positive number": lambda x: x > 0,
-    "0 or more": lambda x: x >= 0,
-    "a number between 0 and 1": lambda x: 0 < x < 1,
-}
-
-
-def _require(arguments, expected: str, *names: str) -> None:
-    """Check that numbers, where they are given, lie in the range ``expected`` (a key of _RANGES)."""
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and not (math.isfinite(value) and _RANGES[expected](value)):
-            _fail(name, value, expected)
+# arguments that a resumed run may change without becoming another run
+FREE_TO_CHANGE = {
+    "output_dir", "overwrite_output_dir", "resume", "save_steps", "save_total_limit", "logging_steps", "report_to",
+    "dataloader_num_workers", "preprocessing_num_workers", "per_device_eval_batch_size", "eval_steps", "save_logits",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
+}  # fmt: skip
 
 
 @dataclass
@@ -111,31 +71,7 @@ class ModelArguments(CheckedArguments):
                 f"checkpoint), --config_name or --model_type (train from scratch)"
             )
         if not isinstance(self.config_overrides, dict):
-            self.config_overrides = _parse_overrides(self.config_overrides or "")
-
-
-def _parse_overrides(text: str) -> dict:
-    """'a=1,b=[2,3],c=gelu' as a dict; values are read as YAML."""
-    pairs, depth = [""], 0
-    for character in text:
-        depth += (character in "[{") - (character in "]}")
-        if character == "," and depth == 0:
-            pairs.append("")
-        else:
-            pairs[-1] += character
-    overrides = {}
-    for pair in filter(None, map(str.strip, pairs)):
-        key, equals, value = pair.partition("=")
-        if not (key.isidentifier() and equals and value):
-            raise ValueError(
-                f"config_overrides={text!r}: {pair!r} is not key=value; write e.g. hidden_size=64,dropout=0.1"
-            )
-        parsed = yaml.safe_load(value)
-        if isinstance(parsed, str):
-            with contextlib.suppress(ValueError):  # YAML reads 1e-3 as a string
-                parsed = float(parsed)
-        overrides[key] = parsed
-    return overrides
+            self.config_overrides = parse_overrides(self.config_overrides or "")
 
 
 @dataclass
@@ -167,17 +103,34 @@ class DataArguments(CheckedArguments):
         default=None, help="Column of the second text, for tasks on pairs; default: inferred."
     )
     image_column: str | None = HfArg(default=None, help="Column of the image; default: inferred.")
-    label_column: str | None = HfArg(default=None, help="Column of the label; default: inferred.")
+    label_column: str | None = HfArg(
+        default=None, help="Column of the label, or of each word's label (token-classification); default: inferred."
+    )
+    target_column: str | None = HfArg(
+        default=None, help="Column of the text to write, for seq2seq; nested ones as translation.de; default: inferred."
+    )
+    source_prefix: str = HfArg(default="", help="Put before every source text of seq2seq, e.g. 'summarize: ' for T5.")
+    streaming: bool = HfArg(
+        default=False, help="Read the training data while training, in its own order; needs --max_train_steps."
+    )
+    shuffle_buffer_size: int = HfArg(
+        default=0, help="With streaming: draw at random from a buffer of so many rows; 0 keeps the order."
+    )
     max_train_samples: int | None = HfArg(default=None, help="Train on at most so many samples.")
     max_eval_samples: int | None = HfArg(default=None, help="Validate and test on at most so many each.")
     max_length: int | None = HfArg(
         default=None, help="Truncate texts to so many tokens; default: what model and tokenizer take, <= 512."
     )
+    max_target_length: int = HfArg(default=128, help="Truncate the target texts of seq2seq to so many tokens.")
+    mlm_probability: float = HfArg(default=0.15, help="Share of the tokens that masked-lm hides.")
     block_size: int | None = HfArg(
         default=None, help="Tokens a block for causal-lm; default: what model and tokenizer take, <= 1024."
     )
     image_size: int | None = HfArg(
         default=None, help="Side of an image in pixels, from scratch; default: the configuration's."
+    )
+    group_by_length: bool = HfArg(
+        default=False, help="Put texts of about one length into a batch: less padding, less time."
     )
     preprocessing_num_workers: int | None = HfArg(default=None, help="Processes for tokenization.")
     dataloader_num_workers: int = HfArg(default=0, help="Processes that load batches.")
@@ -185,9 +138,14 @@ class DataArguments(CheckedArguments):
     def __post_init__(self):
         super().__post_init__()
         counts = ("max_train_samples", "max_eval_samples", "max_length", "block_size", "image_size")
-        _require(self, "a positive number", *counts, "preprocessing_num_workers")
-        _require(self, "0 or more", "dataloader_num_workers")
-        _require(self, "a number between 0 and 1", "validation_fraction")
+        self.require("a positive number", *counts, "preprocessing_num_workers", "max_target_length")
+        self.require("0 or more", "dataloader_num_workers", "shuffle_buffer_size")
+        self.require("a number between 0 and 1", "validation_fraction", "mlm_probability")
+        if self.streaming and self.dataloader_num_workers > 1:
+            raise ValueError(
+                f"dataloader_num_workers={self.dataloader_num_workers} with streaming: several workers would read "
+                f"the stream in another order; give 0 or 1"
+            )
         given = [name for name in ("dataset_name", "train_file", "data_dir") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(
@@ -216,11 +174,13 @@ class DataArguments(CheckedArguments):
 class TrainArguments(CheckedArguments):
     """What to train for, how, and where the results go."""
 
-    task: Literal["text-classification", "image-classification", "causal-lm"] | None = HfArg(
-        default=None, help=f"One of {', '.join(TASKS)}."
+    task: Literal[TASKS] | None = HfArg(
+        default=None, help=f"One of {', '.join(TASKS)} (which learns a --teacher's embeddings)."
     )
     output_dir: str | None = HfArg(
-        default=None, help="Folder for model/, metrics.jsonl and results.json; must be new or empty."
+        default=None,
+        help="Folder for model/, checkpoints, metrics.jsonl and results.json; must be new or empty. On many nodes one "
+        "that all of them share.",
     )
     overwrite_output_dir: bool = HfArg(default=False, help="Replace an earlier run in output_dir.")
     seed: int = HfArg(default=0, help="Seed of initialisation, data order and dropout.")
@@ -252,7 +212,12 @@ class TrainArguments(CheckedArguments):
         default=None, help="Evaluate every so many optimizer steps as well as after every epoch."
     )
     logging_steps: int = HfArg(default=10, help="Optimizer steps between log entries, and between checks of the loss.")
-    report_to: Literal["none", "tensorboard"] = HfArg(default="none", help="Tracker to log to as well.")
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = HfArg(
+        default="tensorboard", help="Tracker to log to as well; 'all' is every one that is installed."
+    )
+    predict_with_generate: bool = HfArg(
+        default=False, help="With seq2seq: generate when evaluating, for BLEU, chrF and exact matches."
+    )
     save_logits: int = HfArg(default=0, help="Save the logits of the first so many test samples to logits.safetensors.")
 
     def __post_init__(self):
@@ -262,25 +227,89 @@ class TrainArguments(CheckedArguments):
             raise ValueError(f"no {missing} was given; give --task (one of {list(TASKS)}) and --output_dir")
         counts = ("num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "eval_steps", "logging_steps")
         batches = ("per_device_train_batch_size", "per_device_eval_batch_size")
-        _require(self, "a positive number", *counts, *batches, "learning_rate")
-        _require(self, "0 or more", "seed", "weight_decay", "momentum", "max_grad_norm")
-        _require(self, "0 or more", "warmup_steps", "save_logits")
-        output = Path(self.output_dir)
-        if output.exists() and not output.is_dir():
+        self.require("a positive number", *counts, *batches, "learning_rate")
+        self.require("0 or more", "seed", "weight_decay", "momentum", "max_grad_norm")
+        self.require("0 or more", "warmup_steps", "save_logits")
+        if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             raise ValueError(f"output_dir={self.output_dir!r} is a file; name a folder")
-        if output.is_dir() and any(output.iterdir()) and not self.overwrite_output_dir:
-            raise ValueError(
-                f"output_dir={self.output_dir!r} exists and is not empty; name another folder or give "
-                f"--overwrite_output_dir"
-            )
+        if self.predict_with_generate and self.task != "seq2seq":
+            raise ValueError(f"predict_with_generate is for --task seq2seq, and the task is {self.task}; leave it out")
+
+
+@dataclass
+class CheckpointArguments(CheckedArguments):
+    """Checkpoints to resume from, and which of them becomes the model."""
+
+    save_steps: int | None = HfArg(
+        default=None, help="Save a checkpoint every so many optimizer steps; one is saved on SIGTERM and Ctrl-C anyway."
+    )
+    save_total_limit: int = HfArg(default=2, help="Keep so many checkpoints, the newest, and the best one besides.")
+    resume: bool = HfArg(
+        default=False, help="Continue from the newest checkpoint in output_dir; from the start if it has none."
+    )
+    load_best_model_at_end: bool = HfArg(
+        default=False, help="Save a checkpoint at every best validation, and take the best one as the result."
+    )
+    metric_for_best_model: str = HfArg(default="loss", help="Validation metric that tells which model is best.")
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="Stop after so many validations in a row without a better one; the best one is the result."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require("a positive number", "save_steps", "save_total_limit", "early_stopping_patience")
+
+    @property
+    def keep_best(self) -> bool:
+        """Whether the best checkpoint becomes the result, and not the last."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+
+@dataclass
+class DistillationArguments(CheckedArguments):
+    """Learn from a teacher. Weights of the terms of the loss; terms of weight 0 cost nothing."""
+
+    teacher: str | None = HfArg(default=None, help="Checkpoint whose outputs the model learns to reproduce.")
+    teacher_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the teacher.")
+    distill_temperature: float = HfArg(default=2.0, help="Temperature of both models' logits.")
+    distill_alpha: float = HfArg(default=0.5, help="Weight of the teacher's logits; the labels have what is left of 1.")
+    distill_hidden_states: float = HfArg(
+        default=0.0, help="Weight of the hidden states' mean squared error; hidden sizes must be equal."
+    )
+    distill_attentions: float = HfArg(
+        default=0.0, help="Weight of the attention weights' squared error; numbers of heads must be equal."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require("a positive number", "distill_temperature")
+        self.require("a number from 0 to 1", "distill_alpha")
+        self.require("0 or more", "distill_hidden_states", "distill_attentions")
+        given = [name for name in ("distill_hidden_states", "distill_attentions") if getattr(self, name)]
+        if given and not self.teacher:
+            raise ValueError(f"{given[0]}={getattr(self, given[0])} was given without a teacher; give --teacher")
+
+
+@dataclass
+class HubArguments(CheckedArguments):
+    """Publishing. The token is the one of `hf auth login`, or HF_TOKEN."""
+
+    push_to_hub: bool = HfArg(default=False, help="Push the model, its card and its tokenizer when training is over.")
+    hub_model_id: str | None = HfArg(default=None, help="Repository, user/name; default: the output folder's name.")
+    hub_private_repo: bool = HfArg(default=False, help="Make the repository private, if it is new.")
+    hub_revision: str | None = HfArg(default=None, help="Branch to push to; made if it does not exist.")
 
 
 @dataclass
 class RPSArguments(CheckedArguments):
     """How far to compress; see hf_rps.RPSConfig."""
 
-    mode: Literal["rps", "dense"] = HfArg(default="rps", help="Share parameters, or train the dense model.")
-    ratio: float = HfArg(default=0.1, help="Stored numbers over shared weights, in (0, 1].")
+    mode: Literal["rps", "dense", "magnitude"] = HfArg(
+        default="rps", help="Share parameters; or the baselines: the dense model, or one pruned by magnitude."
+    )
+    ratio: float = HfArg(
+        default=0.1, help="Stored numbers over shared weights, in (0, 1]; with magnitude of the bytes of both."
+    )
     rps_seed: int = HfArg(default=0, help="Seed of the mapping of weights to stored numbers.")
     target_modules: list[str] | str | None = field(
         default=None,
@@ -326,43 +355,47 @@ class RPSArguments(CheckedArguments):
         )
 
 
-Arguments = tuple[ModelArguments, DataArguments, TrainArguments, RPSArguments]
+class Arguments(NamedTuple):
+    """All arguments of a run."""
+
+    model: ModelArguments
+    data: DataArguments
+    train: TrainArguments
+    checkpoint: CheckpointArguments
+    distillation: DistillationArguments
+    hub: HubArguments
+    rps: RPSArguments
+
+    def as_dict(self) -> dict[str, dict]:
+        return {type(part).__name__: asdict(part) for part in self}
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
-    """Read flags, or the one YAML or JSON file that ``argv`` (default: the command line) names, and check them.
+    """Read flags (default: the command line), which may follow a YAML or JSON file and then take precedence, and check
+    them.
 
     Raises:
         ValueError: A value is of the wrong type or out of range, or two do not fit; with the remedy.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, TrainArguments, RPSArguments),
+        tuple(get_type_hints(Arguments).values()),
         description="Fine-tune, or train from scratch, a transformers model: dense or compressed with RPS. All "
-        "arguments may instead come from one YAML or JSON file: finetune.py config.yaml",
+        "arguments may come from a YAML or JSON file, and flags after it change them: finetune.py config.yaml --seed 1",
         allow_abbrev=False,
     )
-    if len(argv) == 1 and not argv[0].startswith("-"):
-        model, data, train, rps = parser.parse_dict(_read_mapping(Path(argv[0])))
-    else:
-        model, data, train, rps = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    _check_together(model, data, train)
-    return model, data, train, rps
+    given = {}
+    if argv and not argv[0].startswith("-"):
+        given, argv = read_mapping(Path(argv[0])), argv[1:]
+    for action in parser._actions:  # so that only what is given comes out; the defaults are the dataclasses' own
+        action.default = argparse.SUPPRESS
+    arguments = Arguments(*parser.parse_dict(given | vars(parser.parse_args(argv))))
+    _check_together(arguments)
+    return arguments
 
 
-def _read_mapping(path: Path) -> dict:
-    if path.suffix.lower() not in (".yaml", ".yml", ".json") or not path.is_file():
-        raise ValueError(f"{str(path)!r} is neither a flag nor an existing .yaml, .yml or .json file of arguments")
-    try:
-        content = json.loads(path.read_text()) if path.suffix.lower() == ".json" else yaml.safe_load(path.read_text())
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} can't be parsed: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, expected a mapping of argument names to values")
-    return content
-
-
-def _check_together(model: ModelArguments, data: DataArguments, train: TrainArguments) -> None:
+def _check_together(arguments: Arguments) -> None:
+    model, data, train, checkpoint, distillation, hub, rps = arguments
     images, file = train.task == "image-classification", data.train_file
     if images and file:
         raise ValueError(f"{train.task} can't read train_file={file!r}; give --data_dir or --dataset_name")
@@ -370,7 +403,30 @@ def _check_together(model: ModelArguments, data: DataArguments, train: TrainArgu
         raise ValueError(
             f"{data.data_dir or DIGITS!r} holds images, and --task is {train.task}; give image-classification"
         )
-    if train.task == "text-classification" and file and FILE_FORMATS[Path(file).suffix.lower()] == "text":
-        raise ValueError(f"train_file={file!r} has no labels; text-classification needs csv, json or parquet")
+    labelled = train.task in ("text-classification", "token-classification", "seq2seq")
+    if labelled and file and FILE_FORMATS[Path(file).suffix.lower()] == "text":
+        raise ValueError(f"train_file={file!r} has no labels; {train.task} needs csv, json or parquet")
     if not images and model.model_type and not model.tokenizer_name:
         raise ValueError(f"--model_type {model.model_type} brings no tokenizer; give --tokenizer_name (or 'bytes')")
+    if data.streaming and not train.max_train_steps:
+        raise ValueError("a stream has no known length; with --streaming give --max_train_steps")
+    if data.group_by_length and (images or data.streaming):
+        raise ValueError("group_by_length needs texts that are all there; leave it out for images and streams")
+    if train.save_logits and train.task in ("token-classification", "masked-lm", "seq2seq", "feature-extraction"):
+        raise ValueError(f"save_logits needs logits of one size, which {train.task} does not have; leave it out")
+    if data.streaming and data.dataset_name == DIGITS:
+        raise ValueError(f"{DIGITS!r} is held in memory and can't be streamed; leave --streaming out")
+    if train.task == "feature-extraction" and not distillation.teacher:
+        raise ValueError("feature-extraction learns the embeddings of a teacher; give --teacher")
+    if rps.mode == "magnitude" and not model.model_name_or_path:
+        raise ValueError("pruning by magnitude needs trained weights; give --model_name_or_path")
+    if hub.push_to_hub and not hub.hub_model_id:
+        hub.hub_model_id = Path(train.output_dir).absolute().name
+    output = Path(train.output_dir)
+    if output.is_dir() and any(output.iterdir()) and not (train.overwrite_output_dir or checkpoint.resume):
+        raise ValueError(
+            f"output_dir={train.output_dir!r} exists and is not empty; continue it with --resume, name another folder, "
+            f"or give --overwrite_output_dir"
+        )
+    if train.overwrite_output_dir and checkpoint.resume:
+        raise ValueError("--resume continues what --overwrite_output_dir deletes; give one of them")

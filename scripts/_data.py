@@ -1,18 +1,30 @@
-"""Data of finetune.py: from a name, files or a folder to splits, and from splits to what a model reads."""
+"""Where the data of finetune.py come from: from a name, files or a folder to splits, their columns and classes."""
 
 from __future__ import annotations
 
 import logging
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
 from _arguments import DIGITS, FILE_FORMATS, DataArguments
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    List,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
 
 logger = logging.getLogger(__name__)
 
+# tasks that read running text, without labels; its rows may be lines in order
+TEXT_ONLY = ("causal-lm", "masked-lm", "feature-extraction")
+_STREAMED_EVAL_SAMPLES = 1000
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "validation_matched"),
@@ -23,6 +35,12 @@ _TEXT_NAMES = (
     ("text",), ("sentence",), ("content",), ("review",),
 )  # fmt: skip
 _LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
+_WORD_NAMES = ("tokens", "words")
+_TAG_NAMES = ("ner_tags", "pos_tags", "chunk_tags", "tags", "labels")
+_SOURCE_AND_TARGET = (
+    ("article", "highlights"), ("document", "summary"), ("dialogue", "summary"), ("text", "summary"),
+    ("question", "answer"), ("source", "target"), ("input", "output"), ("input", "target"), ("src", "tgt"),
+)  # fmt: skip
 
 
 # ---- from a source to splits
@@ -48,25 +66,30 @@ def load_digits() -> DatasetDict:
     })  # fmt: skip
 
 
-def load_splits(args: DataArguments, task: str, seed: int) -> dict[str, Dataset]:
+Splits = dict[str, Dataset | IterableDataset]
+
+
+def load_splits(args: DataArguments, task: str, seed: int) -> Splits:
     """The splits "train", "validation" and, where the source has one, "test".
 
-    A missing validation split is cut from the training split: at random, or for causal-lm, whose rows may be lines of
-    one text, from its end.
+    A missing validation split is cut from the training split: at random, or for running text, whose rows may be lines
+    in order, from its end. With streaming only the training split is a stream, and without a validation split its
+    first rows are that.
     """
     if args.dataset_name == DIGITS:
         raw = load_digits()
     elif args.dataset_name and (Path(args.dataset_name) / "dataset_dict.json").is_file():
         raw = load_from_disk(args.dataset_name)
     elif args.dataset_name:
-        raw = load_dataset(args.dataset_name, args.dataset_config_name)
+        raw = load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
     elif args.data_dir:
-        raw = load_dataset("imagefolder", data_dir=args.data_dir)
+        raw = load_dataset("imagefolder", data_dir=args.data_dir, streaming=args.streaming)
     else:
         files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
         suffix = Path(args.train_file).suffix.lower()
         options = {"keep_linebreaks": True} if suffix == ".txt" else {"sep": "\t"} if suffix == ".tsv" else {}
-        raw = load_dataset(FILE_FORMATS[suffix], data_files={k: v for k, v in files.items() if v}, **options)
+        files = {split: file for split, file in files.items() if file}
+        raw = load_dataset(FILE_FORMATS[suffix], data_files=files, streaming=args.streaming, **options)
 
     splits = {}
     for split, known in _SPLIT_NAMES.items():
@@ -78,6 +101,9 @@ def load_splits(args: DataArguments, task: str, seed: int) -> dict[str, Dataset]
             splits[split] = raw[found]
     if "train" not in splits:
         raise ValueError(f"the data has no training split, only {list(raw)}; name one with --train_split")
+    splits = {name: dataset.flatten() if _is_nested(dataset) else dataset for name, dataset in splits.items()}
+    if args.streaming:
+        return _open_streams(splits, args, seed)
     if "validation" not in splits:
         train, count = splits["train"], round(args.validation_fraction * len(splits["train"]))
         if not 0 < count < len(train):
@@ -85,29 +111,61 @@ def load_splits(args: DataArguments, task: str, seed: int) -> dict[str, Dataset]
                 f"the training split has {len(train)} rows, too few to cut a validation split from with "
                 f"validation_fraction={args.validation_fraction}; give --validation_file or --validation_split"
             )
-        order = np.arange(len(train)) if task == "causal-lm" else np.random.default_rng(seed).permutation(len(train))
+        order = np.arange(len(train)) if task in TEXT_ONLY else np.random.default_rng(seed).permutation(len(train))
         splits["train"], splits["validation"] = train.select(order[:-count]), train.select(order[-count:])
         splits = {name: splits[name] for name in _SPLIT_NAMES if name in splits}
     for split, dataset in splits.items():
         limit = args.max_train_samples if split == "train" else args.max_eval_samples
         if limit and limit < len(dataset):  # classification data is often sorted by class, texts are in order
-            splits[split] = (dataset if task == "causal-lm" else dataset.shuffle(seed=seed)).select(range(limit))
+            splits[split] = (dataset if task in TEXT_ONLY else dataset.shuffle(seed=seed)).select(range(limit))
         if len(dataset) == 0:
             raise ValueError(f"the {split} split is empty; check the data")
     return splits
+
+
+def _is_nested(dataset) -> bool:
+    """Whether a column holds columns of its own, as those of translations do: {"de": ..., "en": ...}."""
+    return any(
+        isinstance(feature, dict) or hasattr(feature, "languages") for feature in (dataset.features or {}).values()
+    )
+
+
+def _open_streams(splits: Splits, args: DataArguments, seed: int) -> Splits:
+    """A stream to train on; validation and test rows are read into memory."""
+    count = args.max_eval_samples or _STREAMED_EVAL_SAMPLES
+    if "validation" not in splits:
+        splits["validation"], splits["train"] = splits["train"].take(count), splits["train"].skip(count)
+    opened: Splits = {"train": splits["train"]}
+    for split in ("validation", "test"):
+        if split in splits:
+            rows = list(splits[split].take(count))
+            if not rows:
+                raise ValueError(f"the {split} split of the stream has no rows; check the data")
+            opened[split] = Dataset.from_list(rows, features=splits[split].features)
+    if opened["train"].features is None:
+        opened["train"] = opened["train"].cast(opened["validation"].features)
+    if args.max_train_samples:
+        opened["train"] = opened["train"].take(args.max_train_samples)
+    if args.shuffle_buffer_size:
+        opened["train"] = opened["train"].shuffle(seed=seed, buffer_size=args.shuffle_buffer_size)
+    return opened
 
 
 # ---- columns and labels
 
 
 def find_columns(features: Features, task: str, args: DataArguments) -> tuple[list[str], str | None]:
-    """The input columns (a text, two texts or an image) and the label column (causal-lm: None)."""
-    for flag in ("text_column", "text_pair_column", "image_column", "label_column"):
+    """The input columns (a text, two texts, words or an image) and the column of labels or target texts, if any."""
+    for flag in ("text_column", "text_pair_column", "image_column", "label_column", "target_column"):
         name = getattr(args, flag)
         if name and name not in features:
             raise ValueError(f"{flag}={name!r} is not a column of the data; it has {list(features)}")
+    if task == "token-classification":
+        return _find_words(features, args)
+    if task == "seq2seq":
+        return _find_source_and_target(features, args)
     label = None
-    if task != "causal-lm":
+    if task not in TEXT_ONLY:
         classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
         candidates = [name for name in _LABEL_NAMES if name in features] or (classes if len(classes) == 1 else [])
         label = args.label_column or next(iter(candidates), None)
@@ -134,127 +192,93 @@ def find_columns(features: Features, task: str, args: DataArguments) -> tuple[li
     return inputs, label
 
 
+def _find_words(features: Features, args: DataArguments) -> tuple[list[str], str]:
+    lists = {name: feature.feature for name, feature in features.items() if isinstance(feature, List)}
+    words = [args.text_column] if args.text_column else [name for name in _WORD_NAMES if name in lists]
+    tags = [args.label_column] if args.label_column else [name for name in _TAG_NAMES if name in lists]
+    if not words or not tags or not {words[0], tags[0]} <= set(lists) or not _is_text(lists[words[0]]):
+        raise ValueError(
+            f"token-classification needs a column of lists of words and one of lists of labels; the lists among the "
+            f"columns {list(features)} are {list(lists)}; give --text_column and --label_column"
+        )
+    return [words[0]], tags[0]
+
+
+def _find_source_and_target(features: Features, args: DataArguments) -> tuple[list[str], str]:
+    texts = [name for name, feature in features.items() if _is_text(feature)]
+    known = [pair for pair in _SOURCE_AND_TARGET if set(pair) <= set(texts)] or [(None, None)]
+    source, target = args.text_column or known[0][0], args.target_column or known[0][1]
+    if source is None or target is None or source == target or not {source, target} <= set(texts):
+        raise ValueError(
+            f"can't tell source and target texts from the columns {list(features)}, of which {texts} are texts; give "
+            f"--text_column and --target_column"
+        )
+    return [source], target
+
+
 def _is_text(feature) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
-def encode_labels(splits: dict[str, Dataset], column: str) -> tuple[dict[str, Dataset], list[str]]:
-    """Replace ``column`` by "labels", integers from 0, and return the names of the classes.
+def encode_labels(splits: Splits, column: str) -> tuple[Splits, list[str]]:
+    """Replace ``column`` by "labels", integers from 0 (lists of them, where it holds lists), and return the names of
+    the classes.
 
     Classes come from the feature's names or else from the sorted values of the training split. A test split without
     labels, as benchmarks have them, is left out with a warning.
     """
     feature = splits["train"].features[column]
+    nested = isinstance(feature, List)
+    feature = feature.feature if nested else feature
     if isinstance(feature, ClassLabel):
         names = feature.names
         ids = {index: index for index in range(len(names))}
     else:
-        values = splits["train"].unique(column)
-        if not all(isinstance(value, (str, int)) for value in values):
-            odd = next(value for value in values if not isinstance(value, (str, int)))
+        values = _distinct(splits["train"], column, nested)
+        odd = next((value for value in values if not isinstance(value, (str, int))), 0)
+        if not isinstance(odd, (str, int)):
             raise ValueError(f"label column {column!r} holds {odd!r}; labels must be strings or integers, none missing")
         ids = {value: index for index, value in enumerate(sorted(values))}
         names = [str(value) for value in ids]
     if len(names) < 2:
         raise ValueError(f"label column {column!r} has one class only, {names}; classification needs two")
-    encoded = {}
+
+    def encode(labels, number: int, split: str):
+        for label in labels if nested else [labels]:
+            if label not in ids:
+                raise ValueError(
+                    f"row {number} of the {split} split has the label {label!r}, which is none of {names}; "
+                    f"correct the row, or add the class to the training split"
+                )
+        return [ids[label] for label in labels] if nested else ids[labels]
+
+    encoded, kind = {}, List(Value("int64")) if nested else Value("int64")
     for split, dataset in splits.items():
-        labels = list(dataset[column]) if column in dataset.features else [None] * len(dataset)
-        if split == "test" and all(label in (None, -1) for label in labels):
+        if split == "test" and _is_unlabelled(dataset, column):
             logger.warning("the test split has no labels and is left out")
             continue
-        unknown = next((row for row, label in enumerate(labels) if label not in ids), None)
-        if unknown is not None:
-            raise ValueError(
-                f"row {unknown} of the {split} split has the label {labels[unknown]!r}, which is none of {names}; "
-                f"correct the row, or add the class to the training split"
+        others = {name: known for name, known in dataset.features.items() if name not in (column, "labels")}
+        if isinstance(dataset, IterableDataset):
+            encoded[split] = dataset.map(
+                lambda row, number, split=split: {"labels": encode(row[column], number, split)},
+                with_indices=True,
+                remove_columns=[column],
+                features=Features(others | {"labels": kind}),
             )
-        labels = [ids[label] for label in labels]
-        dataset = dataset.remove_columns(list({column, "labels"} & set(dataset.features)))
-        encoded[split] = dataset.add_column("labels", labels, feature=Value("int64"))
+        else:  # not by map, which would copy the images
+            labels = [encode(label, number, split) for number, label in enumerate(dataset[column])]
+            encoded[split] = dataset.select_columns(list(others)).add_column("labels", labels, feature=kind)
     return encoded, names
 
 
-# ---- from splits to model inputs
+def _distinct(dataset: Dataset | IterableDataset, column: str, nested: bool) -> set:
+    if isinstance(dataset, Dataset) and not nested:
+        return set(dataset.unique(column))
+    if isinstance(dataset, IterableDataset):
+        logger.info("the stream declares no classes: it is read once to collect those of column %r", column)
+    labels = (row[column] for row in dataset.select_columns(column))
+    return {label for row in labels for label in row} if nested else set(labels)
 
 
-def length_limit(wanted: int | None, flag: str, cap: int, config, tokenizer) -> int:
-    """Tokens a sequence: ``wanted``, or as many as model and tokenizer take, at most ``cap``."""
-    positions = getattr(config, "max_position_embeddings", None)
-    positions = positions if isinstance(positions, int) and positions > 0 else None
-    if wanted and positions and wanted > positions:
-        raise ValueError(f"{flag}={wanted} is more than the {positions} positions of the model; lower it")
-    return wanted or min(cap, tokenizer.model_max_length, positions or cap)
-
-
-def tokenize_texts(splits: dict[str, Dataset], columns: list[str], tokenizer, max_length: int, workers: int | None):
-    """Texts, or pairs of texts, to token ids, truncated to ``max_length``; keeps "labels"."""
-    for split, dataset in splits.items():
-        for column in columns:
-            row = next((row for row, text in enumerate(dataset[column]) if text is None), None)
-            if row is not None:
-                raise ValueError(f"row {row} of the {split} split has no text in column {column!r}; remove or fill it")
-
-    def tokenize(batch):
-        return tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
-
-    return {
-        split: dataset.map(
-            tokenize,
-            batched=True,
-            num_proc=workers,
-            remove_columns=[name for name in dataset.column_names if name != "labels"],
-            desc=f"tokenize {split}",
-        )
-        for split, dataset in splits.items()
-    }
-
-
-def tokenize_blocks(splits: dict[str, Dataset], column: str, tokenizer, block_size: int, workers: int | None):
-    """Texts to one stream of token ids, cut into blocks of ``block_size``; what is left at the end is dropped.
-
-    A row that ends in a line break continues in the next row, as in text files; any other row is a document and is
-    closed with the end-of-sequence token. Rows without text are skipped.
-    """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-    def tokenize(batch):
-        texts = [text for text in batch[column] if text]
-        if not texts:
-            return {"input_ids": []}
-        rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        return {"input_ids": [ids if text.endswith("\n") else ids + end for text, ids in zip(texts, rows, strict=True)]}
-
-    def cut(batch):
-        ids = list(chain.from_iterable(batch["input_ids"]))
-        return {"input_ids": [ids[i : i + block_size] for i in range(0, len(ids) - block_size + 1, block_size)]}
-
-    blocks = {}
-    for split, dataset in splits.items():
-        tokens = dataset.map(
-            tokenize, batched=True, num_proc=workers, remove_columns=dataset.column_names, desc=f"tokenize {split}"
-        )
-        blocks[split] = tokens.map(cut, batched=True, batch_size=10_000, num_proc=workers, desc=f"cut {split}")
-        if len(blocks[split]) == 0:
-            raise ValueError(
-                f"the {split} split has {sum(map(len, tokens['input_ids']))} tokens, less than one block of "
-                f"{block_size}; lower --block_size or give more text"
-            )
-    return blocks
-
-
-def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Blocks of equal length to a batch; the model shifts the labels itself."""
-    ids = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": ids, "labels": ids.clone()}
-
-
-def transform_images(splits: dict[str, Dataset], column: str, processor, channels: int):
-    """Images to "pixel_values" of ``channels`` channels, made by the image processor when a batch is read."""
-    mode = {1: "L", 3: "RGB"}[channels]
-
-    def transform(batch):
-        images = [image.convert(mode) for image in batch[column]]
-        return {**processor(images, return_tensors="pt"), "labels": batch["labels"]}
-
-    return {split: dataset.with_transform(transform) for split, dataset in splits.items()}
+def _is_unlabelled(dataset: Dataset, column: str) -> bool:
+    return column not in dataset.features or all(label in (None, -1) for label in dataset[column])

@@ -46,3 +46,13 @@ def tiny():
 def ids():
     """Token ids (2, 9) for any of the tiny models."""
     return torch.arange(18).view(2, 9) * 5 % 97
+
+
+@pytest.fixture(scope="session")
+def finetune(tmp_path_factory):
+    """``finetune(folder, arguments)``: a run of scripts/finetune.py in a process of its own; see finetuning.py."""
+    from finetuning import Finetune
+
+    server = Finetune(tmp_path_factory.mktemp("hf_home"))
+    yield server
+    server.close()

@@ -1,12 +1,16 @@
 """The scripts that people copy run, and the adapter comparison counts what it says it counts."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, ByT5Tokenizer
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, ViTForImageClassification
+
+from hf_rps import size_report
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -30,6 +34,21 @@ def test_peft_adapter(tiny, tmp_path, mode):
         with torch.no_grad():
             losses[name] = model(ids, labels=ids).loss.item()
     assert losses["out/merged"] < losses["base"] - 0.5  # embeddings and head are frozen
+
+
+def test_trainer(tmp_path):
+    """The example learns, keeps its best checkpoint, and its model loads small, in a new process."""
+    script, model = SCRIPTS / "examples" / "trainer.py", tmp_path / "out" / "model"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    child = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "out")], capture_output=True, text=True, env=environment
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    assert float(re.findall(r"'eval_accuracy': '?([\d.]+)", child.stdout)[-1]) > 0.8
+    loaded = ViTForImageClassification.from_pretrained(model)
+    report = size_report(loaded)
+    assert report.m == pytest.approx(0.1 * report.n, rel=0.01)
+    assert (model / "model.safetensors").stat().st_size < 0.25 * report.dense_bytes
 
 
 @pytest.mark.parametrize("method", ["RPS", "LoRA", "VeRA", "UniLoRA", "UniLoRA-all"])
