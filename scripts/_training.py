@@ -236,8 +236,9 @@ class Training:
                 batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
                 loss = (self.objective(self.model, batch, own) / items).sum()
                 losses.append(loss.detach())
-                # backward divides by the passes a step, and data parallelism by the processes: both are in `items`
-                scale = self.accelerator.gradient_accumulation_steps * self.accelerator.num_processes
+                # data parallelism takes the mean over processes (and backward over passes, where accelerate is
+                # configured so), but `items` are those of all
+                scale = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
                 self.accelerator.backward(loss * scale)
         if self.args.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)

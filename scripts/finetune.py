@@ -40,7 +40,7 @@ from _resuming import check_resumable, clear, read_run
 from _tasks import TASKS, Data, prepare_data
 from _training import Training, make_optimizer
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, is_wandb_available, set_seed
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import nn
@@ -96,13 +96,15 @@ def make_accelerator(arguments: Arguments) -> Accelerator:
     """
     args = arguments.train
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_accumulation_steps=1,  # Training accumulates by itself
         mixed_precision=args.mixed_precision,
         dynamo_backend="inductor" if args.torch_compile else None,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.ddp_find_unused_parameters)],
     )
+    if args.report_to == "wandb" and not is_wandb_available():
+        raise ValueError("report_to='wandb' and wandb is not installed; pip install wandb, or take tensorboard")
     kind, refused = accelerator.distributed_type, None
     if kind == DistributedType.MEGATRON_LM:
         refused = "Megatron-LM splits and rebuilds the layers that RPS replaces; take DDP or FSDP2"

@@ -31,6 +31,21 @@ _SERVER = """
 import json, os, sys, traceback
 import torch, finetune
 torch.set_num_threads(1)
+
+def fsdp2(make):  # accelerate refuses FSDP on a CPU; from prepare() on, all is what a GPU runs
+    def make_sharded(arguments):
+        from accelerate import PartialState
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+        accelerator = make(arguments)
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+                                                state_dict_type="sharded_state_dict", cpu_ram_efficient_loading=False)
+        for state in (PartialState, AcceleratorState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+        return accelerator
+    return make_sharded
+
 for line in sys.stdin:
     order = json.loads(line)
     if "wait" in order:
@@ -46,7 +61,12 @@ for line in sys.stdin:
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    code = 1
+    code, sharded = 1, os.environ.get("SHARDED_BY")
+    if sharded == "fsdp2":
+        finetune.make_accelerator = fsdp2(finetune.make_accelerator)
+    elif sharded:
+        from accelerate import PartialState
+        PartialState(cpu=True)
     try:
         finetune.main(order["fork"])
         code = 0
@@ -130,9 +150,11 @@ class Finetune:
             pids.append(self.ask(order))
         return Run(self, pids, logs)
 
-    def __call__(self, cwd: Path, arguments: dict | list[str], processes: int = 1, expect: int = 0) -> str:
+    def __call__(
+        self, cwd: Path, arguments: dict | list[str], processes: int = 1, expect: int = 0, **environment: str
+    ) -> str:
         """Run to the end; returns what it wrote to stdout and stderr."""
-        run = self.start(cwd, arguments, processes)
+        run = self.start(cwd, arguments, processes, **environment)
         status = run.wait()
         assert status == expect, run.log[-6000:]
         return run.log

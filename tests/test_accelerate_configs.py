@@ -25,6 +25,7 @@ FILES = {
     "fsdp2": ("FSDP", 8, "bf16"),
     "deepspeed_zero1": ("DEEPSPEED", 8, "bf16"),
     "deepspeed_zero2": ("DEEPSPEED", 8, "bf16"),
+    "deepspeed_zero3": ("DEEPSPEED", 8, "bf16"),
 }
 
 
@@ -82,7 +83,7 @@ def test_fsdp2(monkeypatch):
     assert not plugin.activation_checkpointing
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed(monkeypatch, stage):
     monkeypatch.setattr(os, "environ", environment(f"deepspeed_zero{stage}"))
     plugin = DeepSpeedPlugin()

@@ -6,13 +6,18 @@ import keyword
 import os
 import pydoc_data.topics
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from finetuning import DIGITS, ENVIRONMENT, SCRIPTS, SIZES, flags, history, results
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(SCRIPTS))
 
@@ -238,6 +243,34 @@ def test_two_processes_equal_one(base, finetune, tmp_path, task, mode):
     assert parameters["stored"] == parameters["dense"] - parameters["n"] + parameters["m"]
 
 
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "SHARDED_BY": "zero"}
+SHARDS = {"fsdp2": {"SHARDED_BY": "fsdp2"}} | {
+    f"zero{stage}": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)} for stage in (1, 2, 3)
+}
+
+
+@pytest.mark.parametrize("kind", SHARDS)
+def test_sharded_training_equals_one_process(base, finetune, tmp_path, kind):
+    """FSDP2 and ZeRO: the same losses and the same saved model; also when stopped in the middle and resumed."""
+    if kind != "fsdp2":
+        pytest.importorskip("deepspeed")
+    arguments = base["lm"] | UNEVEN | {"ratio": 0.2, "save_steps": 5}
+    arguments.pop("max_train_samples")
+    finetune(tmp_path, arguments | {"per_device_train_batch_size": 8, "output_dir": "one"})
+    two = arguments | {"per_device_train_batch_size": 4, "output_dir": "two"}
+    finetune(tmp_path, two, processes=2, **SHARDS[kind])
+    shutil.rmtree(tmp_path / "two" / "model")
+    (tmp_path / "two" / "results.json").unlink()
+    finetune(tmp_path, two | {"resume": True}, processes=2, **SHARDS[kind])
+    for split in ("train", "validation"):
+        rows = zip(history(tmp_path / "one", split), history(tmp_path / "two", split), strict=True)
+        for row, other in rows:
+            assert other["loss"] == pytest.approx(row["loss"], abs=2e-5)
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-3)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model")
+
+
 def test_torchrun_starts_two_processes(base, tmp_path):
     arguments = base["digits"] | {"max_train_steps": 4, "output_dir": "two"}
     run([*TORCHRUN, SCRIPT, *flags(arguments)], tmp_path)
@@ -285,6 +318,41 @@ def test_starts_from_checkpoints(runs, base, finetune):
     assert again["m"] == compressed["m"]  # its own ratio, not the one given
     assert projected["m"] == pytest.approx(0.5 * projected["n"], rel=0.01)
     assert pruned["stored"] == pruned["dense"]
+
+
+def plugin(**fields):
+    return SimpleNamespace(zero_stage=3, zero3_init_flag=True, deepspeed_config={"zero_optimization": {}}, **fields)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "message"),
+    [
+        ("MEGATRON_LM", "rps", "MEGATRON_LM, which this script can't use: Megatron-LM splits and rebuilds the layers"),
+        ("FSDP", "rps", "FSDP1 flattens the parameters of each block, .* set fsdp_version: 2"),
+        ("DEEPSPEED", "rps", "split the dense weights before they are compressed; set zero3_init_flag: false"),
+        ("DEEPSPEED", "magnitude", "masks are not sharded"),
+    ],
+)
+def test_refuses_what_can_not_work(base, monkeypatch, tmp_path, kind, mode, message):
+    import finetune as script
+    from accelerate.utils import DistributedType
+
+    fake = SimpleNamespace(
+        distributed_type=DistributedType[kind], is_fsdp2=False, state=SimpleNamespace(deepspeed_plugin=plugin())
+    )
+    monkeypatch.setattr(script, "Accelerator", lambda **options: fake)
+    arguments = _arguments.parse_arguments(flags(GOOD | {"output_dir": str(tmp_path / "new"), "ratio": 0.5}))
+    arguments.rps.mode = mode
+    with pytest.raises(ValueError, match=message):
+        script.make_accelerator(arguments)
+
+
+@pytest.mark.parametrize("file", sorted((SCRIPTS / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_example_configurations_are_valid(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    read = _arguments.parse_arguments([str(file), "--output_dir", "new"])
+    assert read.train.output_dir == "new"
+    assert file.read_text().startswith("# ")
 
 
 # ---- the other tasks, streams, stopping early
