@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_type_hints
 
 from _parsing import CheckedArguments, parse_overrides, read_mapping
+from huggingface_hub import get_token
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from hf_rps import RPSConfig
@@ -420,8 +422,14 @@ def _check_together(arguments: Arguments) -> None:
         raise ValueError("feature-extraction learns the embeddings of a teacher; give --teacher")
     if rps.mode == "magnitude" and not model.model_name_or_path:
         raise ValueError("pruning by magnitude needs trained weights; give --model_name_or_path")
-    if hub.push_to_hub and not hub.hub_model_id:
-        hub.hub_model_id = Path(train.output_dir).absolute().name
+    if hub.push_to_hub:  # all that can be known before training is
+        hub.hub_model_id = hub.hub_model_id or Path(train.output_dir).absolute().name
+        try:
+            validate_repo_id(hub.hub_model_id)
+        except HFValidationError as error:
+            raise ValueError(f"hub_model_id={hub.hub_model_id!r} can't be a name on the Hub: {error}") from error
+        if get_token() is None:
+            raise ValueError("push_to_hub needs a token; log in with `hf auth login`, or set HF_TOKEN")
     output = Path(train.output_dir)
     if output.is_dir() and any(output.iterdir()) and not (train.overwrite_output_dir or checkpoint.resume):
         raise ValueError(

@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import math
 import shlex
+import signal
 import sys
 import time
 from functools import partial
@@ -256,7 +257,7 @@ def main(argv: list[str] | None = None) -> dict:
     if not training.run():
         accelerator.end_training()
         logger.info(f"stopped after step {training.state.step}; the same command with --resume goes on from there")
-        raise SystemExit(128 + (training.signal or 0))
+        raise SystemExit(128 + (training.signal or signal.SIGTERM))  # another process may have got it
     training.take_best()
     metrics = {"validation": training.state.evaluated[1]}
     last = "test" if "test" in batches else "validation"

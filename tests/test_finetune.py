@@ -453,10 +453,22 @@ GOOD = {
         ({"ratio": 2}, r"ratio=2.0 is not valid; expected a number in \(0, 1\]"),
         ({"grad_scaling": "x"}, "grad_scaling='x' is not valid; expected one of"),
         ({"learning_rat": 1}, "learning_rat"),
+        ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "hub_model_id='a/b/c' can't be a name on the Hub"),
+        ({"push_to_hub": True, "hub_model_id": "a/b"}, "push_to_hub needs a token; log in with"),
+        ({"streaming": True}, "a stream has no known length; with --streaming give --max_train_steps"),
+        ({"streaming": True, "dataloader_num_workers": 2}, "several workers would read the stream in another order"),
+        ({"group_by_length": True}, "group_by_length needs texts that are all there"),
+        ({"distill_hidden_states": 1}, "distill_hidden_states=1.0 was given without a teacher; give --teacher"),
+        ({"distill_alpha": 2}, "distill_alpha=2.0 is not valid; expected a number from 0 to 1"),
+        ({"mode": "magnitude"}, "pruning by magnitude needs trained weights; give --model_name_or_path"),
+        ({"predict_with_generate": True}, "predict_with_generate is for --task seq2seq"),
+        ({"resume": True, "overwrite_output_dir": True}, "--resume continues what --overwrite_output_dir deletes"),
+        ({"save_total_limit": 0}, "save_total_limit=0 is not valid; expected a positive number"),
     ],
 )
 def test_refuses_arguments(tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_arguments, "get_token", lambda: None)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     (tmp_path / "a.xml").touch()
