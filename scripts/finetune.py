@@ -47,7 +47,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, get_scheduler
 
-from hf_rps import __version__, get_rps_model, size_report
+from hf_rps import SizeReport, __version__, get_rps_model, size_report
 from hf_rps.baselines.magnitude import prune_by_magnitude, remove_pruning
 
 logger = logging.getLogger(__name__)
@@ -183,6 +183,35 @@ def count_steps(arguments: Arguments, batches: Batches, step: int, epoch: int, p
     return step + rest + max(args.num_train_epochs - epoch - 1, 0) * batches.steps_per_epoch(accumulation)
 
 
+def describe(
+    arguments: Arguments,
+    argv: list[str],
+    training: Training,
+    report: SizeReport,
+    model: str,
+    metrics: dict,
+    reduced: int,
+) -> dict:
+    """What results.json says of a finished run."""
+    state, processes = training.state, training.accelerator.num_processes
+    return {
+        "task": arguments.train.task,
+        "mode": arguments.rps.mode,
+        "model": model,
+        "parameters": {"stored": report.parameters, "dense": report.dense_parameters, "n": report.n, "m": report.m},
+        "metrics": metrics,
+        "steps": state.step,
+        "best_step": state.best[1] if arguments.checkpoint.keep_best and state.best else state.step,
+        "epochs": training.epochs,
+        "processes": processes,
+        "reduced_bytes_per_step": reduced if processes > 1 else 0,
+        "train_seconds": state.seconds,
+        "command": shlex.join(["finetune.py", *argv]),
+        "arguments": arguments.as_dict(),
+        "versions": {"hf_rps": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run the script; returns what it writes to results.json.
 
@@ -197,6 +226,7 @@ def main(argv: list[str] | None = None) -> dict:
     logging.basicConfig(format="%(message)s", level=logging.INFO if main_process else logging.ERROR)
     for library in ("httpx", "accelerate"):  # a line a request to the Hub, a line a file of a checkpoint
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # that tied weights are saved once is no news
     if not accelerator.is_local_main_process:
         datasets.disable_progress_bars()
     set_seed(args.seed)
@@ -266,23 +296,7 @@ def main(argv: list[str] | None = None) -> dict:
         metrics[last], logits = evaluator(model, batches[last], args.save_logits)
         training.check(metrics[last]["loss"], f"the {last} loss is {metrics[last]['loss']}")
 
-    state = training.state
-    results = {
-        "task": args.task,
-        "mode": arguments.rps.mode,
-        "model": name,
-        "parameters": {"stored": report.parameters, "dense": report.dense_parameters, "n": report.n, "m": report.m},
-        "metrics": metrics,
-        "steps": state.step,
-        "best_step": state.best[1] if arguments.checkpoint.keep_best and state.best else state.step,
-        "epochs": training.epochs,
-        "processes": accelerator.num_processes,
-        "reduced_bytes_per_step": reduced if accelerator.num_processes > 1 else 0,
-        "train_seconds": state.seconds,
-        "command": shlex.join(["finetune.py", *argv]),
-        "arguments": arguments.as_dict(),
-        "versions": {"hf_rps": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }
+    results = describe(arguments, argv, training, report, name, metrics, reduced)
     trained = accelerator.unwrap_model(model, keep_torch_compile=False)
     if use_cache is not None:
         trained.config.use_cache = use_cache
