@@ -88,7 +88,7 @@ def delete_checkpoints(folder: Path, keep: int, best: int | None) -> None:
 
 
 class History:
-    """The rows of metrics.jsonl: append only, but for what is after the step at which a run was resumed."""
+    """The rows of metrics.jsonl: append only, but for what came after the checkpoint from which a run is resumed."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -106,9 +106,8 @@ class History:
                 logger.warning("%s has a row that was cut short, and is left out", self.path.name)
         return rows
 
-    def cut(self, step: int) -> None:
-        """Drop rows after ``step``."""
-        kept = [row for row in self.rows() if row["step"] <= step]
+    def cut(self, count: int) -> None:
+        """Keep the first ``count`` rows."""
         temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows()[:count]))
         os.replace(temporary, self.path)

@@ -59,6 +59,7 @@ class State:
         evaluated: The last step that was evaluated, and its metrics.
         best: The best value of the metric, its step, and all metrics there.
         worse: Evaluations since then.
+        rows: Rows of the history. A row of this very step may be missing or there: it is written after the checkpoint.
     """
 
     step: int = 0
@@ -70,6 +71,7 @@ class State:
     evaluated: tuple[int, dict] = (-1, {})
     best: tuple[float, int, dict] | None = None
     worse: int = 0
+    rows: int = 0
 
 
 class Training:
@@ -156,7 +158,7 @@ class Training:
         """Continue from the checkpoint at ``path``."""
         self.accelerator.load_state(str(path))
         if self.accelerator.is_main_process:
-            self.history.cut(self.state.step)
+            self.history.cut(self.state.rows)
 
     def take_best(self) -> None:
         """Load the best checkpoint, if that is what was asked for."""
@@ -325,6 +327,7 @@ class Training:
 
     def record(self, split: str, values: dict) -> None:
         """Append a row to metrics.jsonl and send it to the tracker."""
+        self.state.rows += 1
         if self.accelerator.is_main_process:
             self.history.append({"step": self.state.step, "epoch": self.epochs, "split": split, **values})
         self.accelerator.log({f"{split}/{name}": value for name, value in values.items()}, step=self.state.step)

@@ -1,7 +1,9 @@
 """A run that is killed, stopped or launched anew goes on as if nothing had happened."""
 
+import json
 import os
 import random
+import shutil
 import signal
 import time
 from pydoc_data.topics import topics
@@ -81,6 +83,18 @@ def test_20_kills_leave_no_trace(finetune, folder, uninterrupted):
     same_run(uninterrupted, killed)
     assert not list(killed.rglob("*.tmp"))
     assert not list(killed.rglob("*.old"))
+
+
+def test_a_row_written_after_its_checkpoint_is_not_there_twice(finetune, folder):
+    """The end of an epoch of 13 steps: the checkpoint of step 39 is saved, then the validation row is written."""
+    arguments = RUN | {"max_train_steps": 40, "output_dir": "rows", "save_total_limit": 50}
+    finetune(folder, arguments)
+    expected = (folder / "rows" / "metrics.jsonl").read_text()
+    shutil.rmtree(folder / "rows" / "checkpoint-40", ignore_errors=True)
+    assert newest(folder / "rows") == 39
+    finetune(folder, arguments | {"resume": True})
+    steps = [json.loads(line)["step"] for line in (folder / "rows" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [json.loads(line)["step"] for line in expected.splitlines()]
 
 
 def newest(folder):
