@@ -218,6 +218,8 @@ class Training:
             every = self.arguments.checkpoint.save_steps
             if every and state.step % every == 0:
                 self.save()
+        if not state.position:
+            raise ValueError("the training split has no samples left; give more data, or a smaller --max_eval_samples")
         self.validate()
         state.epoch, state.position = state.epoch + 1, 0
         state.epoch_losses.clear()

@@ -400,6 +400,12 @@ def test_a_stream_trains_as_the_data_in_memory_do(base, finetune, tmp_path, task
     assert losses[0][-1] < losses[0][0]
 
 
+def test_a_stream_that_is_used_up_by_validation_is_refused(base, finetune, tmp_path):
+    arguments = base["mlm"] | {"streaming": True, "max_train_steps": 3, "output_dir": "empty"}
+    arguments.pop("validation_file")
+    assert "the training split has no samples left" in finetune.error(tmp_path, arguments | {"max_eval_samples": 80})
+
+
 def test_stops_early_and_takes_the_best(base, finetune, tmp_path):
     arguments = base["digits"] | {
         "learning_rate": 0.3, "optimizer": "sgd", "eval_steps": 5, "early_stopping_patience": 2,
