@@ -22,6 +22,11 @@ COUNT, NUMBERS = "num_samples", "numbers"  # keys of a batch that the model does
 _SORTED_TOGETHER = 3200  # a number of its own: were it a number of batches, the order would depend on the processes
 
 
+def model_inputs(batch: dict) -> dict:
+    """What of a batch the model sees."""
+    return {name: value for name, value in batch.items() if name not in (COUNT, NUMBERS)}
+
+
 @dataclass
 class Batches:
     """Batches of a split for one process; ``epoch(...)`` iterates over one epoch of them, on the CPU.

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from _batches import COUNT, NUMBERS, Batches
+from _batches import COUNT, NUMBERS, Batches, model_inputs
 from _metrics import Accuracy, Cosine, GeneratedText, TokenLikelihood, WordLabels
-from _objective import Objective, mean_pool
+from _objective import Objective, mean_per_sequence, mean_pool
 from _tasks import TASKS
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import Tensor, nn
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # forms in which a pass or a save needs all processes
 
 
 @dataclass
@@ -69,10 +71,10 @@ class Evaluator:
 
     def _has_collectives(self) -> bool:
         """Whether a forward pass needs all processes."""
-        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        return self.accelerator.distributed_type in SHARDED
 
     def _read(self, model: nn.Module, batch: dict, keep: int) -> list[_Sample]:
-        inputs = {name: value for name, value in batch.items() if name not in (COUNT, NUMBERS)}
+        inputs = model_inputs(batch)
         if self.task == "feature-extraction":
             return self._embed(model, inputs)
         logits, labels = model(**inputs).logits.float(), inputs["labels"]
@@ -118,7 +120,7 @@ class Evaluator:
         with self.objective.autocast():
             taught = self.objective.teacher(**inputs).last_hidden_state.float()
         states = model(**inputs).last_hidden_state.float()
-        errors = ((states - taught).square().mean(-1) * mask).sum(1) / mask.sum(1)
+        errors = mean_per_sequence((states - taught).square().mean(-1), mask)
         cosines = F.cosine_similarity(mean_pool(states, mask), mean_pool(taught, mask))
         pairs = zip((errors + 1 - cosines).tolist(), cosines.tolist(), strict=True)
         return [_Sample(loss, 1, cosine, 0) for loss, cosine in pairs]

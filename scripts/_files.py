@@ -17,8 +17,12 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 def write_json(path: Path, content: dict) -> None:
     """Write a file so that readers see all of it or nothing."""
+    _write(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(text)
     _flush(temporary)
     os.replace(temporary, path)
 
@@ -108,6 +112,4 @@ class History:
 
     def cut(self, count: int) -> None:
         """Keep the first ``count`` rows."""
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows()[:count]))
-        os.replace(temporary, self.path)
+        _write(self.path, "".join(json.dumps(row) + "\n" for row in self.rows()[:count]))

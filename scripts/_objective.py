@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from _arguments import DistillationArguments
-from _batches import COUNT, NUMBERS
+from _batches import COUNT, model_inputs
 from _tasks import TASKS, Task
 from torch import Tensor, nn
 
@@ -61,7 +61,7 @@ class Objective:
 
     def __call__(self, model: nn.Module, batch: dict, counts: list[int]) -> Tensor:
         """Sums over labels, over tokens and over sequences, (3,), in float32."""
-        inputs = {name: value for name, value in batch.items() if name not in (COUNT, NUMBERS)}
+        inputs = model_inputs(batch)
         outputs = model(**inputs, **self.outputs)
         first = outputs.last_hidden_state if self.embeds else outputs.logits
         sums = [first.new_zeros((), dtype=torch.float32) for _ in range(3)]
@@ -98,11 +98,11 @@ class Objective:
             labels = labels + alpha * self._divergence(outputs.logits, target.logits, inputs["labels"])
         if self.args.distill_hidden_states:
             pairs = _matched(_layers(outputs, "hidden_states"), _layers(target, "hidden_states"))
-            error = sum(_per_sequence((s.float() - t.float()).square().mean(-1), mask) for s, t in pairs)
+            error = sum(mean_per_sequence((s.float() - t.float()).square().mean(-1), mask) for s, t in pairs)
             sequences = sequences + self.args.distill_hidden_states * error.sum() / len(pairs)
         if self.args.distill_attentions:
             pairs = _matched(_layers(outputs, "attentions"), _layers(target, "attentions"))
-            error = sum(_per_sequence((s.float() - t.float()).square().sum(-1).mean(1), mask) for s, t in pairs)
+            error = sum(mean_per_sequence((s.float() - t.float()).square().sum(-1).mean(1), mask) for s, t in pairs)
             sequences = sequences + self.args.distill_attentions * error.sum() / len(pairs)
         return [labels, tokens, sequences]
 
@@ -129,7 +129,7 @@ def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
     return values.sum() if mask is None else (values * mask).sum()
 
 
-def _per_sequence(values: Tensor, mask: Tensor | None) -> Tensor:
+def mean_per_sequence(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over the tokens of each sequence; where ``mask`` is of another length (a decoder's states) over all."""
     if mask is None or mask.shape != values.shape:
         return values.flatten(1).mean(1)

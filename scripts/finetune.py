@@ -33,7 +33,7 @@ import torch
 import transformers
 from _arguments import Arguments, ModelArguments, parse_arguments
 from _batches import Batches
-from _evaluation import Evaluator
+from _evaluation import SHARDED, Evaluator
 from _files import checkpoints, save_folder, write_json
 from _objective import Objective, load_teacher
 from _publishing import publish, write_card
@@ -51,8 +51,6 @@ from hf_rps import SizeReport, __version__, get_rps_model, size_report
 from hf_rps.baselines.magnitude import prune_by_magnitude, remove_pruning
 
 logger = logging.getLogger(__name__)
-
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def load_config(args: ModelArguments):
@@ -300,8 +298,7 @@ def main(argv: list[str] | None = None) -> dict:
     trained = accelerator.unwrap_model(model, keep_torch_compile=False)
     if use_cache is not None:
         trained.config.use_cache = use_cache
-    if arguments.rps.mode == "magnitude":
-        remove_pruning(trained)
+    remove_pruning(trained)  # of a model that is pruned
 
     def save(folder: Path) -> None:
         state = None
