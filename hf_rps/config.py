@@ -48,7 +48,9 @@ class RPSConfig(PeftConfig):
         seed: Seed of the mapping (rotations and signs). It does not drive torch's generator.
         target_modules: Names (suffixes) of the modules to share, a regular expression over full names, or
             "all-linear". Default None: every attention and MLP projection of the base model, that is every linear
-            layer and Conv1D but the output head, the classifier and tied weights.
+            layer and Conv1D but the output head, the classifier and tied weights. In a base model without linear
+            layers (ResNet) it is every convolution; elsewhere convolutions are shared where they are named. Adapters
+            (PEFT) share linear layers only.
         exclude_modules: Names (suffixes) or a regular expression of modules to leave dense.
         layers_to_transform: Index or indices of the transformer layers to share; default all.
         layers_pattern: Name of the module list that ``layers_to_transform`` counts, if it is not one of the usual.

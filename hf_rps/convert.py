@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from hf_rps.bank import Bank
 from hf_rps.config import RPSConfig
-from hf_rps.layers import RPSLinear
+from hf_rps.layers import RPSConv, RPSLayer, RPSLinear
 from hf_rps.mapping import Target
 from hf_rps.shared_array import SharedArray
-from hf_rps.targets import Candidate, base_model_of, base_prefix, find_targets
+from hf_rps.targets import Candidate, base_model_of, base_prefix, find_targets, is_convolution
 from hf_rps.weight import LazyWeight
 
 BANK_NAME = "rps"  # of the bank inside the base model; state-dict keys end in "rps.psi"
@@ -82,16 +82,20 @@ def convert(model: nn.Module, config: RPSConfig) -> Bank:
     bank = Bank(weight_map, config.grad_scaling, device=first.device, dtype=first.dtype)
     bank.psi.requires_grad_(any(c.module.weight.requires_grad for c in candidates))
     initialise(bank, candidates, config.init_weights)
-    replacements = {
-        c.name: RPSLinear(target.name, bank, c.module, c.transposed)
-        for c, target in zip(candidates, targets, strict=True)
-    }
+    replacements = {c.name: shared_layer(t.name, bank, c) for c, t in zip(candidates, targets, strict=True)}
     install(model, bank, replacements)
     if hasattr(model, "config") and hasattr(model, "save_pretrained"):
         from hf_rps.integrations.transformers import mark_compressed
 
         mark_compressed(model, config, bank)
     return bank
+
+
+def shared_layer(name: str, bank: Bank, candidate: Candidate) -> RPSLayer:
+    """The layer that takes the place of ``candidate``, whose target in the bank's map is called ``name``."""
+    if is_convolution(candidate.module):
+        return RPSConv(name, bank, candidate.module)
+    return RPSLinear(name, bank, candidate.module, candidate.transposed)
 
 
 def map_name(name: str, prefix: str) -> str:
@@ -141,7 +145,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     bank = find_bank(model)
     if bank is None:
         raise ValueError(f"this {type(model).__name__} is not compressed by hf_rps: it has no bank")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, RPSLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, RPSLayer)}
     dense = {name: layer.to_dense() for name, layer in layers.items()}
     bank.unwatch()
     replace_modules(model, dense)

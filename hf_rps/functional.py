@@ -4,6 +4,7 @@ The fast path (:func:`rps_linear`) feeds zero-copy views of psi to the matrix pr
 output, so no weight is ever materialised; in the backward pass it adds each block's gradient straight into a slice of
 one gradient buffer. The plain path (:func:`rps_linear_reference`) builds W from its definition out of differentiable
 operations; it is what the fast path is tested against, and what torch.compile, torch.export and double backward use.
+:func:`rps_weight` is the fast path of all other operations (convolutions): W itself, with the same way of its gradient.
 """
 
 from __future__ import annotations
@@ -94,14 +95,30 @@ def rps_delta_linear_reference(
     return F.linear(x, (weight + dense_weight(psi, layout, row_scale)).to(x.dtype), bias)
 
 
+def rps_weight(psi: Tensor, layout: RowLayout, row_scale: Tensor, buffer: GradientBuffer | None) -> Tensor:
+    """Make W (rows, cols) whole, for operations other than a matrix product; its gradient is folded into ``buffer``.
+
+    A convolution reuses its weight at every position, so making it costs little beside using it (the less, the larger
+    its input). But autograd then keeps the whole W for the backward pass, as with a dense layer. The arguments are
+    those of :func:`rps_linear`, and the result equals :func:`dense_weight`, whose own gradient would be an array of the
+    size of psi for every run.
+    """
+    return _RPSWeight.apply(psi, row_scale, layout, buffer)
+
+
 def dense_weight(psi: Tensor, layout: RowLayout, row_scale: Tensor) -> Tensor:
-    """W (rows, cols) = row_scale[r] * psi[slot(r, c)], differentiable in psi (m,)."""
+    """W (rows, cols) = row_scale[r] * psi[slot(r, c)], differentiable in psi (m,): the plain :func:`rps_weight`."""
     return (_unscaled(psi, layout) * row_scale[:, None]).to(psi.dtype)
 
 
 def _unscaled(psi: Tensor, layout: RowLayout) -> Tensor:
     """W without sign and scale (rows, cols), pieced together; differentiable in psi."""
-    return torch.cat([psi[slot : slot + length] for slot, length in layout.runs]).view(layout.rows, layout.cols)
+    return torch.cat(_runs(psi, layout)).view(layout.rows, layout.cols)
+
+
+def _runs(psi: Tensor, layout: RowLayout) -> list[Tensor]:
+    """The contiguous runs of psi that W consists of, as views."""
+    return [psi[slot : slot + length] for slot, length in layout.runs]
 
 
 def indexed_weight(psi: Tensor, slots: Tensor, signed_scale: Tensor) -> Tensor:
@@ -227,6 +244,44 @@ def _fold_gradient(buffer: Tensor, gradient: Tensor, layout: RowLayout) -> None:
     for slot, length in layout.runs:
         buffer[slot : slot + length].add_(gradient[start : start + length])
         start += length
+
+
+def _fold_scaled_gradient(buffer: Tensor, gradient: Tensor, row_scale: Tensor, layout: RowLayout) -> None:
+    """The same from the gradient (rows, cols) of W itself, which is scaled on the way, in no memory of its own."""
+    cols = layout.cols
+    for row, count, slot in layout.blocks:
+        rows = slice(row, row + count)
+        buffer[slot : slot + count * cols].view(count, cols).addcmul_(gradient[rows], row_scale[rows, None])
+    for row, parts in layout.torn:
+        column = 0
+        for slot, length in parts:
+            buffer[slot : slot + length].addcmul_(gradient[row, column : column + length], row_scale[row])
+            column += length
+
+
+class _RPSWeight(torch.autograd.Function):
+    """The weight itself; like :class:`_RPSLinear` its backward adds psi's gradient to the buffer."""
+
+    @staticmethod
+    def forward(ctx, psi, row_scale, layout, buffer):
+        ctx.set_materialize_grads(False)
+        ctx.layout, ctx.buffer = layout, buffer
+        ctx.save_for_backward(psi, row_scale)
+        weight = psi.new_empty(layout.rows, layout.cols)  # returned itself: models may change it in place
+        torch.cat(_runs(psi, layout), out=weight.view(-1))
+        return weight.mul_(row_scale[:, None])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gpsi = None
+        if gradient is not None:
+            psi, row_scale = ctx.saved_tensors
+            if torch.is_grad_enabled():  # double backward: differentiate the plain path
+                weight = dense_weight(psi, ctx.layout, row_scale)
+                (gpsi,) = _plain_gradients(weight, gradient, (psi,), ctx.needs_input_grad[:1])
+            else:
+                _fold_scaled_gradient(ctx.buffer.get(psi), gradient, row_scale, ctx.layout)
+        return gpsi, None, None, None
 
 
 class _RPSDeltaLinear(torch.autograd.Function):

@@ -1,4 +1,7 @@
-"""Which modules of a model are shared: every attention and MLP projection, unless the config says otherwise."""
+"""Which modules of a model are shared: every attention and MLP projection, unless the config says otherwise.
+
+In a convolutional network, whose body has no linear layer, every convolution takes their place.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from hf_rps.config import RPSConfig
@@ -25,6 +29,9 @@ _HEAD_NAMES = frozenset({
 })  # fmt: skip
 
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A module that can be shared: its full name and whether it stores its weight as (in, out), like Conv1D."""
@@ -35,7 +42,9 @@ class Candidate:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight as (out_features, in_features)."""
+        """The weight as (out_features, in_features), where a convolution has all but its output channels as one."""
+        if isinstance(self.module, _CONVOLUTIONS):
+            return self.module.weight.flatten(1)
         return self.module.weight.t() if self.transposed else self.module.weight
 
 
@@ -53,6 +62,15 @@ def is_linear(module: nn.Module) -> bool:
         if shape != tuple(weight.shape):
             return False
     return type(module).forward is nn.Linear.forward or _computes_linear(module)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """True for nn.Conv1d, nn.Conv2d, nn.Conv3d and subclasses that compute the same from weight and bias alone."""
+    kind = next((kind for kind in _CONVOLUTIONS if isinstance(module, kind)), None)
+    if kind is None or set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
+        return False
+    same = type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
+    return same and isinstance(module.weight, nn.Parameter) and not is_lazy(module.weight)
 
 
 @torch.no_grad()
@@ -103,7 +121,7 @@ def _quantised(module: nn.Module) -> str | None:
     weight = getattr(module, "weight", None)
     if isinstance(getattr(module, "qweight", None), torch.Tensor):
         return f"is quantised ({type(module).__name__})"
-    if not (isinstance(module, nn.Linear) and isinstance(weight, nn.Parameter)):
+    if not (isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and isinstance(weight, nn.Parameter)):
         return None
     whole = weight.dtype.is_floating_point and weight.element_size() >= 2
     return None if whole else f"has a weight of dtype {weight.dtype}"
@@ -115,23 +133,32 @@ def _read_by_torch(modules: dict[str, nn.Module]) -> set[nn.Module]:
     return {child for owner in modules.values() if isinstance(owner, owners) for child in owner.modules()}
 
 
-def _default_names(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
-    """All linear layers, quantised ones too, of the base model but those that are output heads."""
+def _default_names(model: nn.Module, modules: dict[str, nn.Module], convolutions: bool) -> list[str]:
+    """All linear layers, quantised ones too, of the base model but those that are output heads.
+
+    Where there is none, all convolutions in their place, if ``convolutions`` may be chosen.
+    """
     base, prefix = base_model_of(model), base_prefix(model)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [
-        name
+    body = {
+        name: module
         for name, module in modules.items()
         if (base is model or name.startswith(prefix))
-        and (_quantised(module) or is_linear(module))
         and module is not output
         and _HEAD_NAMES.isdisjoint(name.split("."))
-    ]
+    }
+    linear = {name: module for name, module in body.items() if not isinstance(module, _CONVOLUTIONS)}
+    names = [name for name, module in linear.items() if _quantised(module) or is_linear(module)]
+    if names or not convolutions:
+        return names
+    return [name for name, module in body.items() if _quantised(module) or is_convolution(module)]
 
 
-def chosen_names(model: nn.Module, config: RPSConfig, modules: dict[str, nn.Module]) -> list[str]:
+def chosen_names(
+    model: nn.Module, config: RPSConfig, modules: dict[str, nn.Module], convolutions: bool = True
+) -> list[str]:
     """The names that the config's fields choose, whether or not the modules can be shared."""
-    names = _default_names(model, modules)
+    names = _default_names(model, modules, convolutions and config.target_modules is None)
     if is_explicit(config):  # containers and activations have nothing to share, whatever a pattern matches
         matched = ((n, m) for n, m in modules.items() if _matches(config.target_modules, n))
         names = [name for name, module in matched if module._parameters or _quantised(module)]
@@ -150,13 +177,15 @@ def is_explicit(config: RPSConfig) -> bool:
     return config.target_modules is not None and config.target_modules != "all-linear"
 
 
-def find_targets(model: nn.Module, config: RPSConfig, modules: dict[str, nn.Module] | None = None) -> list[Candidate]:
+def find_targets(
+    model: nn.Module, config: RPSConfig, modules: dict[str, nn.Module] | None = None, convolutions: bool = True
+) -> list[Candidate]:
     """The modules of ``model`` that ``config`` chooses, in the model's own order, each once.
 
     ``modules`` are the model's modules by name, where they are others than its ``named_modules()``: without the
-    wrappers that adapters put around them.
+    wrappers that adapters put around them. ``convolutions`` says whether the caller can share convolutions too.
 
-    Linear layers that can't be shared (tied to another module, read by torch's fused kernels, empty) stay dense, unless
+    Layers that can't be shared (tied to another module, read by torch's fused kernels, empty) stay dense, unless
     ``target_modules`` names them.
 
     Raises:
@@ -166,15 +195,17 @@ def find_targets(model: nn.Module, config: RPSConfig, modules: dict[str, nn.Modu
     uses = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
     read_by_torch = _read_by_torch(modules)
     candidates, unfit = [], []
-    for name in chosen_names(model, config, modules):
+    for name in chosen_names(model, config, modules, convolutions):
         module = modules[name]
         if quantised := _quantised(module):
             raise ValueError(
                 f"module {name!r} {quantised}; RPS shares float weights. Load the model unquantised, or leave the "
                 f"module out with exclude_modules."
             )
-        if not is_linear(module):
-            problem = f"a {type(module).__name__}, not a plain linear layer"
+        if is_convolution(module) and not convolutions:
+            problem = f"a {type(module).__name__} (hf_rps.get_rps_model shares convolutions, adapters don't)"
+        elif not is_linear(module) and not is_convolution(module):
+            problem = f"a {type(module).__name__}, not a plain linear layer or convolution"
         elif uses[id(module.weight)] > 1:
             problem = "tied to another module"
         elif module in read_by_torch:
@@ -191,22 +222,27 @@ def find_targets(model: nn.Module, config: RPSConfig, modules: dict[str, nn.Modu
             )
         unfit.append(f"{name} ({problem})")
     if not candidates:
-        raise ValueError(_nothing_message(model, config, modules, unfit))
+        raise ValueError(_nothing_message(model, config, modules, unfit, convolutions))
     left = _left_dense(modules, {c.name for c in candidates})
     if left:
         logger.info("left dense: %s", ", ".join(f"{kind} ({count})" for kind, count in left.items()))
     return candidates
 
 
-def _nothing_message(model: nn.Module, config: RPSConfig, modules: dict, unfit: list[str]) -> str:
+def _nothing_message(model: nn.Module, config: RPSConfig, modules: dict, unfit: list[str], convolutions: bool) -> str:
     fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
     given = ", ".join(f"{f}={getattr(config, f)!r}" for f in fields if getattr(config, f) is not None)
-    linear = [name for name, module in modules.items() if is_linear(module)]
-    kinds = Counter(name.rsplit(".", 1)[-1] for name in linear)
+    linear = {name.rsplit(".", 1)[-1] for name, module in modules.items() if is_linear(module)}
+    convolutional = {name.rsplit(".", 1)[-1] for name, module in modules.items() if is_convolution(module)}
+    others = ""
+    if convolutional and convolutions:
+        others = f" and its convolutions {sorted(convolutional)}"
+    elif convolutional:
+        others = " (its convolutions are shared by hf_rps.get_rps_model, not by adapters)"
     return (
         f"no module of {type(model).__name__} is left to compress with {given or 'the default target_modules'}"
         f"{'; unfit are ' + ', '.join(unfit[:5]) if unfit else ''}. Its linear layers are called "
-        f"{sorted(kinds) if kinds else '(it has none)'}; name some of them in target_modules."
+        f"{sorted(linear) if linear else '(it has none)'}{others}; name some of them in target_modules."
     )
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_rps.functional import dense_weight, indexed_weight, rps_linear
+from hf_rps.functional import dense_weight, indexed_weight, rps_linear, rps_weight
 from hf_rps.shared_array import SharedArray
 
 
@@ -78,12 +78,14 @@ class SharedWeight:
         return factor
 
     def materialise(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """W, differentiable in psi, by the plain path."""
-        psi = self.array.plain(device, dtype) if takes_plain_path() else self.array.gated(device, dtype)[0]
-        factor = self.factor(device, dtype)
-        if self.layout is not None:
+        """W (out_features, in_features) on ``device`` in ``dtype``, made whole; differentiable in psi."""
+        plain, factor = takes_plain_path(), self.factor(device, dtype)
+        psi, buffer = (self.array.plain(device, dtype), None) if plain else self.array.gated(device, dtype)
+        if self.layout is None:
+            return indexed_weight(psi, _cached(self._slots, device), factor)
+        if plain:
             return dense_weight(psi, self.layout, factor.view(-1))
-        return indexed_weight(psi, _cached(self._slots, device), factor)
+        return rps_weight(psi, self.layout, factor.view(-1), buffer)
 
     def dense(self) -> Tensor:
         """W where psi is and in its dtype."""
@@ -113,12 +115,17 @@ class LazyWeight:
         like: A tensor of its dtype, device and requires_grad: the shared array.
     """
 
-    def __init__(self, make: Callable[[], Tensor], shape: tuple[int, int], like: Tensor):
+    def __init__(self, make: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor):
         self._make = make
         self.shape = torch.Size(shape)
         self.dtype, self.device, self.requires_grad = like.dtype, like.device, like.requires_grad
 
-    ndim = 2
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dim(self) -> int:
+        return self.ndim
 
     def size(self, dim: int | None = None):
         return self.shape if dim is None else self.shape[dim]

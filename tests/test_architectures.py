@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from hf_rps import RPSConfig, get_rps_model, size_report, to_dense
 from hf_rps.convert import find_bank
-from hf_rps.layers import RPSLinear
+from hf_rps.layers import RPSLayer, RPSLinear
 from hf_rps.targets import base_prefix
 
 RATIO = 0.2
@@ -94,7 +94,8 @@ def agrees_with_plain_reference(model: nn.Module, batch: dict) -> None:
     for name, layer in layers(model).items():
         dense_gradient = copied.get_submodule(name).weight.grad
         if dense_gradient is not None:
-            dense_gradient = dense_gradient.t() if layer.transposed else dense_gradient
+            is_transposed = isinstance(layer, RPSLinear) and layer.transposed
+            dense_gradient = dense_gradient.t() if is_transposed else dense_gradient.flatten(1)
             factor = torch.from_numpy(bank.weight_map.signs(layer.name)) * bank.weight_map.scale(layer.name)
             slots = torch.from_numpy(bank.weight_map.slots(layer.name))
             gradient.index_add_(0, slots.flatten(), (dense_gradient.double() * factor).flatten())
@@ -205,8 +206,8 @@ def backward(model: nn.Module, batch: dict) -> dict[str, Tensor]:
     return {key: value.detach() for key, value in result.items()}
 
 
-def layers(model: nn.Module) -> dict[str, RPSLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, RPSLinear)}
+def layers(model: nn.Module) -> dict[str, RPSLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, RPSLayer)}
 
 
 def bank_name(model: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Conformance of every kind of RPSLinear: the fast path against the definition, in all that autograd does."""
+"""Conformance of every kind of layer: the fast path against the definition, in all that autograd does."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_rps.bank import Bank
 from hf_rps.functional import dense_weight, rps_linear_reference
-from hf_rps.layers import RPSLinear
+from hf_rps.layers import RPSConv, RPSLinear
 from hf_rps.mapping import Target, WeightMap
 from hf_rps.weight import LazyWeight
 
@@ -31,8 +31,12 @@ KINDS = {
     "sign an element": {"kind": "linear", "sign": "element"},
     "roast": {"kind": "linear", "mapping": "roast"},
     "hash": {"kind": "linear", "mapping": "hash", "sign": "element"},
+    "convolution": {"kind": "convolution"},
+    "convolution, no bias, many short runs": {"kind": "convolution", "bias": False, "ratio": 0.02},
+    "convolution, hash": {"kind": "convolution", "mapping": "hash", "sign": "element"},
 }
 SIZES = [16, 40, 24, 16]
+CHANNELS = [5, 7, 6, 5]  # of convolutions, which read the inputs (3, 5, 16) as 3 samples of 5 channels
 
 
 class Network(nn.Module):
@@ -41,14 +45,21 @@ class Network(nn.Module):
     def __init__(self, kind="linear", bias=True, dtype=torch.float64, grad_scaling="projection", **options):
         super().__init__()
         targets, dense = [], []
-        for i, (cols, rows) in enumerate(pairwise(SIZES)):
-            targets.append(Target(f"layers.{i}.proj", rows, cols, 0.1 * (i + 1)))
-            layer = Conv1D(rows, cols) if kind == "conv1d" else nn.Linear(cols, rows, bias=bias)
+        for i, (cols, rows) in enumerate(pairwise(CHANNELS if kind == "convolution" else SIZES)):
+            if kind == "convolution":
+                layer = nn.Conv1d(cols, rows, kernel_size=3, padding=1, bias=bias)
+            else:
+                layer = Conv1D(rows, cols) if kind == "conv1d" else nn.Linear(cols, rows, bias=bias)
+            targets.append(Target(f"layers.{i}.proj", rows, layer.weight.numel() // rows, 0.1 * (i + 1)))
             dense.append(layer.to(dtype))
         self.bank = Bank(WeightMap(targets, **({"ratio": 0.2} | options)), grad_scaling, dtype=dtype)
         nn.init.normal_(self.bank.psi, std=self.bank.weight_map.init_std)
-        layers = [RPSLinear(t.name, self.bank, d, kind == "conv1d") for t, d in zip(targets, dense, strict=True)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList()
+        for target, layer in zip(targets, dense, strict=True):
+            if kind == "convolution":
+                self.layers.append(RPSConv(target.name, self.bank, layer))
+            else:
+                self.layers.append(RPSLinear(target.name, self.bank, layer, kind == "conv1d"))
         for layer in self.layers:
             if layer.bias is not None:
                 nn.init.normal_(layer.bias)
@@ -68,7 +79,11 @@ class Network(nn.Module):
         for layer in self.layers:
             factor = torch.from_numpy(weight_map.signs(layer.name)).to(psi) * weight_map.scale(layer.name)
             weight = psi[torch.from_numpy(weight_map.slots(layer.name))] * factor
-            x = torch.tanh(F.linear(x, weight, layer.bias))
+            if isinstance(layer, RPSConv):
+                x = F.conv1d(x, weight.view(layer.weight.shape), layer.bias, padding=1)
+            else:
+                x = F.linear(x, weight, layer.bias)
+            x = torch.tanh(x)
         return x
 
     def psi_gradient(self, loss_of):
@@ -249,10 +264,10 @@ def test_no_grad_and_inference_mode_then_training(network):
 
 
 def test_double_backward():
-    for options in ({}, {"ratio": 0.004, "bias": False}, {"kind": "conv1d"}):
+    for options in ({}, {"ratio": 0.004, "bias": False}, {"kind": "conv1d"}, {"kind": "convolution"}):
         torch.manual_seed(0)
         network = Network(grad_scaling="none", **options)
-        x = torch.randn(2, SIZES[0], dtype=torch.float64, requires_grad=True)
+        x = inputs()
         network.bank.unwatch()  # gradcheck compares psi's own gradients, so psi must be an argument
         psi = network.bank.psi.detach().clone().requires_grad_()
 
@@ -369,16 +384,15 @@ def test_replaced_parameter_object_is_used(network):
     """Loaders and FSDP replace the parameter; nothing may keep the old one."""
     network(inputs())
     network.bank.psi = nn.Parameter(torch.zeros_like(network.bank.psi))
-    x = torch.ones(1, SIZES[0], dtype=torch.float64)
-    expected = torch.zeros(1, SIZES[1], dtype=torch.float64)
+    x = inputs()
     layer = network.layers[0]
-    expected = expected if layer.bias is None else expected + layer.bias
-    torch.testing.assert_close(layer(x), expected)
+    y = layer(x).movedim(1 if isinstance(layer, RPSConv) else -1, -1)
+    torch.testing.assert_close(y, torch.zeros_like(y) if layer.bias is None else layer.bias.expand_as(y))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_whole_graph(backend):
-    for options in ({"ratio": 0.05}, {"mapping": "hash", "sign": "element"}):
+    for options in ({"ratio": 0.05}, {"mapping": "hash", "sign": "element"}, {"kind": "convolution"}):
         torch._dynamo.reset()
         torch.manual_seed(0)
         network = Network(dtype=torch.float32, **options)
@@ -391,8 +405,9 @@ def test_compile_whole_graph(backend):
         torch.testing.assert_close(network.bank.psi.grad, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_export():
-    network = Network(dtype=torch.float32).eval()
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_export(kind):
+    network = Network(kind, dtype=torch.float32).eval()
     x = inputs(torch.float32).detach()
     program = torch.export.export(network, (x,))
     torch.testing.assert_close(program.module()(x), network(x))
@@ -403,11 +418,12 @@ def test_dense_weight_and_to_dense(network):
     x = inputs()
     for layer in network.layers:
         dense = copy.deepcopy(layer).to_dense()
-        assert type(dense) in (nn.Linear, Conv1D)
+        assert type(dense) in (nn.Linear, Conv1D, nn.Conv1d)
         assert dense.weight.is_contiguous()
-        y = torch.randn(4, layer.in_features, dtype=torch.float64)
-        torch.testing.assert_close(dense(y), layer(y))
-    assert network(x) is not None
+        assert dense.weight.shape == layer.weight.shape
+        y = layer(x)
+        torch.testing.assert_close(dense(x), y)
+        x = torch.tanh(y)
 
 
 def test_lazy_weight_reads_as_a_tensor(network):
@@ -416,9 +432,10 @@ def test_lazy_weight_reads_as_a_tensor(network):
     dense = layer.dense_weight()
     assert isinstance(weight, LazyWeight)
     assert (weight.shape, weight.dtype, weight.device) == (dense.shape, dense.dtype, dense.device)
+    assert weight.ndim == weight.dim() == dense.ndim
     assert weight.size(0) == dense.size(0)
     torch.testing.assert_close(torch.cat([weight, weight]), torch.cat([dense, dense]))
-    torch.testing.assert_close(weight.t() @ weight, dense.t() @ dense)
+    torch.testing.assert_close(weight.mT @ weight, dense.mT @ dense)
     torch.testing.assert_close(weight[1:3] * 2, dense[1:3] * 2)
     (weight * 1).sum().backward()
     assert network.bank.psi.grad.abs().sum() > 0

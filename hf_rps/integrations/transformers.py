@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from hf_rps.bank import Bank
 from hf_rps.config import RPSConfig
-from hf_rps.convert import BANK_NAME, convert, find_bank, install, module_name, to_dense
+from hf_rps.convert import BANK_NAME, convert, find_bank, install, module_name, shared_layer, to_dense
 from hf_rps.integrations.model_card import TAGS
 from hf_rps.integrations.quantization_config import FORMAT_VERSION, RPSQuantizationConfig
 from hf_rps.integrations.weights_files import (
@@ -31,9 +31,9 @@ from hf_rps.integrations.weights_files import (
     drop_tied,
     whole_state,
 )
-from hf_rps.layers import RPSLinear
+from hf_rps.layers import RPSLayer
 from hf_rps.mapping import WeightMap
-from hf_rps.targets import Conv1D, base_prefix
+from hf_rps.targets import Candidate, Conv1D, base_prefix, is_convolution
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class RPSQuantizer(HfQuantizer):
         if isinstance(device_map, dict):
             _place_bank(model, device_map)
 
-    def _compressed_layers(self, model, weight_map: WeightMap) -> dict[str, RPSLinear]:
+    def _compressed_layers(self, model, weight_map: WeightMap) -> dict[str, RPSLayer]:
         config, prefix = self.quantization_config, base_prefix(model)
         modules = dict(model.named_modules())
         found = {t.name: modules.get(module_name(t.name, prefix)) for t in weight_map.targets}
@@ -99,17 +99,17 @@ class RPSQuantizer(HfQuantizer):
             module = found[target.name]
             if module is None:
                 continue
-            transposed = isinstance(module, Conv1D)
+            candidate = Candidate(module_name(target.name, prefix), module, isinstance(module, Conv1D))
             weight = getattr(module, "weight", None)
-            shape = tuple(weight.shape) if isinstance(weight, nn.Parameter) else None
-            shape = shape[::-1] if shape and transposed else shape
+            is_matrix = isinstance(weight, nn.Parameter) and (weight.ndim == 2 or is_convolution(module))
+            shape = tuple(candidate.weight.shape) if is_matrix else None
             if shape != (target.out_features, target.in_features):
                 raise ValueError(
                     f"the checkpoint's shared weight {target.name!r} has shape "
                     f"{(target.out_features, target.in_features)}, but in {type(model).__name__} it is "
                     f"{shape or type(module).__name__}. Leave the sizes in config.json as they were"
                 )
-            layers[module_name(target.name, prefix)] = RPSLinear(target.name, bank, module, transposed)
+            layers[candidate.name] = shared_layer(target.name, bank, candidate)
         return layers
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -130,8 +130,8 @@ class RPSQuantizer(HfQuantizer):
                     f"the shared array {bank_prefix(model)}.psi of the checkpoint holds values that are not finite; "
                     f"training diverged or the file is damaged. Load an earlier checkpoint"
                 )
-        for module in model.modules():  # transformers initialises linear layers only by class
-            bias = module.bias if isinstance(module, RPSLinear) else None
+        for module in model.modules():  # transformers initialises layers only by class
+            bias = module.bias if isinstance(module, RPSLayer) else None
             if bias is not None and not bias.is_meta and not getattr(bias, "_is_hf_initialized", False):
                 nn.init.zeros_(bias)
         _align(model)
@@ -191,7 +191,7 @@ def bank_prefix(model: nn.Module) -> str:
 def sentinel_key(model: nn.Module) -> str:
     """Name of the empty tensor that stands in the file for one shared weight: a reader that does not know RPS finds a
     size mismatch there, instead of initialising a dense weight silently. See WeightMap.sentinel_shape."""
-    layer = next(module for module in model.modules() if isinstance(module, RPSLinear))
+    layer = next(module for module in model.modules() if isinstance(module, RPSLayer))
     return module_name(layer.name, base_prefix(model)) + ".weight"  # by the map: wrappers change the modules' names
 
 

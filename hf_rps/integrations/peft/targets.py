@@ -36,7 +36,7 @@ def adapter_targets(model: nn.Module, config: RPSConfig) -> tuple[list[Candidate
         return _with_weights(candidates, replaced), targets
     if is_explicit(config) and not chosen_names(model, config, modules):
         return [], []
-    candidates = _with_weights(find_targets(model, config, modules), replaced)
+    candidates = _with_weights(find_targets(model, config, modules, convolutions=False), replaced)
     # the standard deviations at init are those of the base model's weights, which adapters note
     stds = {name: shared.target.std for name, layer in replaced.items() for shared in layer.shared.values()}
     for candidate in candidates:
