@@ -1,7 +1,7 @@
 """Magnitude pruning of the weights that RPS would share: the smallest become zero, and stay zero in training.
 
 Sources: 'Learning both weights and connections for efficient neural networks' (Han et al., NeurIPS 2015), global over
-all layers as in 'The lottery ticket hypothesis' (ICLR 2019); torch.nn.utils.prune does the work.
+all layers as in 'The lottery ticket hypothesis' (ICLR 2019).
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 
 from torch import nn
-from torch.nn.utils import prune
 
+from hf_rps.baselines.masks import apply_masks, keep_largest, remove_pruning, targeted_weights
+from hf_rps.baselines.scores import magnitude_scores
 from hf_rps.config import RPSConfig
-from hf_rps.convert import find_bank
-from hf_rps.targets import find_targets
+
+__all__ = ["most_kept", "prune_by_magnitude", "remove_pruning", "sparse_bytes"]
 
 _INDEX_BYTES = 4
 
@@ -59,34 +60,17 @@ def prune_by_magnitude(model: nn.Module, stored_ratio: float, config: RPSConfig 
     Raises:
         ValueError: ``stored_ratio`` is out of range or can't hold one weight, or the model is compressed or pruned.
     """
-    name = type(model).__name__
     if not 0 < stored_ratio <= 1:
         raise ValueError(
             f"stored_ratio={stored_ratio!r} is not valid; expected a number in (0, 1], the share of the bytes to store"
         )
-    if find_bank(model) is not None:
-        raise ValueError(f"this {name} is compressed by hf_rps; call hf_rps.to_dense(model) before pruning it")
-    if prune.is_pruned(model):
-        raise ValueError(f"this {name} is pruned already; call remove_pruning(model) before pruning it again")
-    modules = [candidate.module for candidate in find_targets(model, config or RPSConfig())]
-    n = sum(module.weight.numel() for module in modules)
-    kept = most_kept(stored_ratio, n, modules[0].weight.element_size())
+    weights = list(targeted_weights(model, config).values())
+    n = sum(weight.numel() for weight in weights)
+    kept = most_kept(stored_ratio, n, weights[0].element_size())
     if kept == 0:
         raise ValueError(
-            f"stored_ratio={stored_ratio!r} of the {n:,} targeted weights of this {name} can't hold one weight and its "
-            f"index; raise it"
+            f"stored_ratio={stored_ratio!r} of the {n:,} targeted weights of this {type(model).__name__} can't hold "
+            f"one weight and its index; raise it"
         )
-    pairs = [(module, "weight") for module in modules]
-    prune.global_unstructured(pairs, pruning_method=prune.L1Unstructured, amount=n - kept)
+    apply_masks(model, keep_largest(magnitude_scores(model, config), kept))
     return kept
-
-
-def remove_pruning(model: nn.Module) -> nn.Module:
-    """Fold the masks into the weights, in place: a plain model again, with zeros, that save_pretrained writes as usual.
-
-    A model that is not pruned stays as it is.
-    """
-    for module in model.modules():
-        if hasattr(module, "weight_mask") and prune.is_pruned(module):
-            prune.remove(module, "weight")
-    return model
