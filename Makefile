@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup test conformance test-slow lint format demo bench clean
+.PHONY: help setup test conformance test-slow lint format demo bench compare clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -40,6 +40,9 @@ demo: setup  ## train a small ViT on real digits, dense and compressed, and comp
 
 bench: setup  ## time and memory beside the dense model, some ten minutes
 	$(BIN)/python scripts/bench.py
+
+compare: setup  ## the quick comparison with pruning, smaller models and earlier sharing, under 30 minutes on two cores
+	$(BIN)/python scripts/compare.py --preset quick
 
 clean:  ## remove what was built
 	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .ruff_cache outputs
