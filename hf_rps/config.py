@@ -15,7 +15,9 @@ from hf_rps.mapping import MAPPINGS, SHARING, SIGNS, Target, WeightMap
 
 MODES = ("replace", "delta")
 BIASES = ("none", "all", "rps_only")
-_DELTA_STD_FACTOR = 10.0  # learning rates of adapters are about ten times those of full fine-tuning
+# of a delta's C: learning rates of adapters are about ten times those of full fine-tuning, and at their ratios the best
+# one was measured to stay put with the square root (docs/adapters.md)
+_DELTA_STD = {"std_factor": 10.0, "std_exponent": 0.5}
 GRAD_SCALINGS = ("projection", "norm", "none")
 INIT_WEIGHTS = (True, False, "project", "rescale")
 
@@ -68,9 +70,9 @@ class RPSConfig(PeftConfig):
             "norm" (its square root): the size of the gradient stays that of the dense model's, so that Adam's epsilon
             and gradient clipping keep their meaning; for adaptive optimizers. "none" (1): the unstable ROAST.
         init_std: Standard deviation C of the shared array at init. None (default): RMS of the modules' own
-            standard deviations times sqrt(m / n), with which a dense recipe's learning rate carries over; with
-            ``mode="delta"`` ten times that, so that the rates usual for adapters (AdamW, 1e-3) suit. Not a knob to
-            tune; it exists to reproduce the paper's sweep.
+            standard deviations times (m / n)**(1/3), with which a dense recipe's learning rate (AdamW) carries over;
+            with ``mode="delta"`` ten times sqrt(m / n), so that the rates usual for adapters (AdamW, 1e-3) suit. Not a
+            knob to tune; it exists to reproduce the paper's sweep, and configs of saved models record what it was.
         init_weights: Where the shared array starts. True (default): "project" for weights loaded from a checkpoint,
             "rescale" for randomly initialised ones. "project": the least-squares fit, sum(scale sign w) / Gamma_j.
             "rescale": sum(sign w / scale) / sqrt(count_j), which keeps every module's own std. Both are exact
@@ -203,7 +205,7 @@ class RPSConfig(PeftConfig):
             mapping=self.mapping,
             sign=self.sign,
             init_std=self.init_std,
-            std_factor=_DELTA_STD_FACTOR if self.mode == "delta" else 1.0,
+            **(_DELTA_STD if self.mode == "delta" else {}),
         )
 
     def record(self, weight_map: WeightMap) -> None:
@@ -223,7 +225,8 @@ class RPSConfig(PeftConfig):
         if self.recorded is None:
             return super().to_dict()
         modules = [str(target) for target in self.recorded.targets]
-        return super().to_dict() | {"modules": modules, "fingerprint": self.recorded.fingerprint}
+        record = {"modules": modules, "fingerprint": self.recorded.fingerprint, "init_std": self.recorded.init_std}
+        return super().to_dict() | record
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Write adapter_config.json and, for an adapter, the model card's first lines; see PeftConfig."""

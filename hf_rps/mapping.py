@@ -21,6 +21,7 @@ import numpy as np
 from hf_rps.folding import Fold, RowLayout, Span, draw_shifts, slots_for
 from hf_rps.hashing import hash_range, hash_signs, stream_key
 
+INIT_EXPONENT = 1 / 3  # of m / n in the default C; docs/comparison.md has the measurement
 ROAST_TILE = 64  # weights a hashed tile; Desai, Zhou and Shrivastava, ICML 2023, use tiles of this order
 
 SHARING = ("global", "block", "module")
@@ -77,9 +78,9 @@ class WeightMap:
 
     With ``sharing`` other than "global" each group of modules has a segment of the array of its own, mapped by itself.
     ``init_std`` is C, the standard deviation of the shared array at init, from which scale_i = std_i / C. Its default,
-    RMS(std) * sqrt(m / n), makes every scale about sqrt(n / m), so that an AdamW step of size lr on the shared array
-    moves a weight by sqrt(n / m) * lr. With it the dense model's best learning rate was measured to stay the best one.
-    ``std_factor`` multiplies that default.
+    RMS(std) * (m / n)**(1/3), makes every scale about (n / m)**(1/3), so that an AdamW step of size lr on the shared
+    array moves a weight by (n / m)**(1/3) * lr. With it the dense model's best learning rate was measured to stay the
+    best one. ``std_factor`` multiplies that default, ``std_exponent`` stands for the 1/3.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class WeightMap:
         sign: str = "row",
         init_std: float | None = None,
         std_factor: float = 1.0,
+        std_exponent: float = INIT_EXPONENT,
     ):
         self.targets = tuple(targets)
         self.ratio, self.seed, self.sharing, self.mapping, self.sign = ratio, seed, sharing, mapping, sign
@@ -119,7 +121,8 @@ class WeightMap:
         self.n = sum(target.numel for target in self.targets)
         self.m = base
         mean_square = math.fsum(t.numel * (t.std * t.std) for t in self.targets) / self.n
-        self.init_std = std_factor * math.sqrt(mean_square * self.m / self.n) if init_std is None else init_std
+        default = std_factor * math.sqrt(mean_square) * (self.m / self.n) ** std_exponent
+        self.init_std = default if init_std is None else init_std
         if not (self.init_std > 0 and math.isfinite(self.init_std)):
             raise ValueError(f"the shared array needs a positive, finite init_std, got {self.init_std}")
 

@@ -391,7 +391,7 @@ def refused(folder, *parts, error=ValueError):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [({"n": 1}, "n is 1"), ({"m": 77}, "m is 77"), ({"seed": 4}, "seed=4"), ({"ratio": 0.11}, "ratio=0.11"),
-     ({"fingerprint": "0" * 32}, "fingerprint"), ({"format_version": 2}, "format_version=2"),
+     ({"fingerprint": "0" * 32}, "fingerprint"), ({"format_version": 1}, "format_version=1"),
      ({"sharing": "block"}, "sharing='block'"), ({"sign": "none"}, "sign='none'"), ({"modules": None}, "modules"),
      ({"modules": ["x 3 std"]}, "x 3 std"), ({"colour": "red"}, "colour"), ({"save_id": "f" * 32}, "save_id"),
      ({"ratio": 7}, "ratio=7")],

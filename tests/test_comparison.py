@@ -326,7 +326,7 @@ def test_stability_law_and_continuity_from_data_to_tables(images, tmp_path, tiny
     for name in ("roast", "roast-scaled", "hashednets"):
         assert continuity[name]["logits"] > 0.1
         assert continuity[name]["loss"] > 1e-3
-    assert len(rows["learning-rate"]) == 3 * 4 * 3
+    assert len(rows["learning-rate"]) == 4 * 4 * 3
     for name in ("stability-vit.png", "learning-rate-vit.png", "learning-rate-vit.md", "continuity-vit.md"):
         assert (tmp_path / name).stat().st_size > 100
 
@@ -367,7 +367,7 @@ def test_peak_of_a_parabola(top, bend, higher, first, count):
 def test_law_finds_its_exponent(exponent, best):
     rates = [math.exp(x) for x in np.arange(-11, 0, 0.7)]
     rows = [
-        {"task": "vit", "optimizer": "adamw", "init_std": None, "compression": c, "learning_rate": rate,
+        {"task": "vit", "optimizer": "adamw", "init_exponent": 0.5, "compression": c, "learning_rate": rate,
          "validation": [1 - 0.05 * (math.log(rate) - best - shift - exponent * math.log(c)) ** 2
                         for shift in (-0.1, 0.1)]}
         for c in (1, 4, 20) for rate in rates

@@ -64,10 +64,10 @@ def test_signs():
     assert not make(mapping="hash").is_view
 
 
-def test_default_init_std_is_rms_times_root_of_the_ratio():
+def test_default_init_std_is_rms_times_cube_root_of_the_ratio():
     weight_map = make()
     mean_square = sum(t.numel * t.std**2 for t in TARGETS) / weight_map.n
-    assert weight_map.init_std == pytest.approx(math.sqrt(mean_square * weight_map.m / weight_map.n))
+    assert weight_map.init_std == pytest.approx(math.sqrt(mean_square) * (weight_map.m / weight_map.n) ** (1 / 3))
     assert weight_map.scale("pooler") == pytest.approx(0.01 / weight_map.init_std)
 
 
@@ -79,7 +79,8 @@ def test_fingerprint_tells_maps_apart():
         *(WeightMap([target, *TARGETS[1:]], ratio=0.15) for target in changed),
     ]  # fmt: skip
     assert len({weight_map.fingerprint for weight_map in maps}) == len(maps)
-    assert make().fingerprint == "17573e5ae5fd7880d8a05f14e658e92d"  # golden: a checkpoint of today opens tomorrow
+    # golden: a checkpoint of today opens tomorrow. Configs record C, whose default may round differently elsewhere
+    assert make(init_std=0.011368883259763983).fingerprint == "17573e5ae5fd7880d8a05f14e658e92d"
 
 
 def test_block_groups():

@@ -9,7 +9,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_rps.config import RPSConfig
 from hf_rps.mapping import Target, WeightMap
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 left the default of init_std to be computed again, by another law
 _ADAPTER_FIELDS = ("mode", "bias", "modules", "fingerprint")
 # RPSConfig's own fields, not those it inherits from PeftConfig or those that only adapters have
 _RPS_FIELDS = tuple(name for name in RPSConfig.__annotations__ if name not in _ADAPTER_FIELDS)
@@ -53,8 +53,9 @@ class RPSQuantizationConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def record(self, weight_map: WeightMap) -> None:
-        """Write the map into the config."""
+        """Write the map into the config, and C as a number: its default may become another, or round differently."""
         self.n, self.m, self.fingerprint = weight_map.n, weight_map.m, weight_map.fingerprint
+        self.rps.init_std = weight_map.init_std
         self.modules = [str(target) for target in weight_map.targets]
 
     def weight_map(self) -> WeightMap:

@@ -24,6 +24,7 @@ from hf_rps.baselines.low_rank import get_low_rank_model
 from hf_rps.baselines.magnitude import sparse_bytes
 from hf_rps.baselines.smaller import smaller_config
 from hf_rps.convert import initial_std
+from hf_rps.mapping import INIT_EXPONENT
 from hf_rps.targets import find_targets
 
 REWIND_TO = 0.1  # of the steps; Frankle et al. (ICML 2020) rewind to between 1 % and 10 %
@@ -73,13 +74,12 @@ def _rps(**fields) -> Builder:
     """RPS with ``fields`` of its config other than the defaults."""
 
     def build(dense: Dense, compression: float, run: Run, data: Data) -> Built:
-        config = RPSConfig(ratio=1 / compression, seed=run.seed)
+        std = run.init_std
+        if std is None and run.init_exponent != INIT_EXPONENT:  # else the library's own default is what is asked for
+            weights = [candidate.weight for candidate in find_targets(dense.model, RPSConfig())]
+            square = sum(weight.numel() * initial_std(weight) ** 2 for weight in weights) / dense.n
+            std = math.sqrt(square) * compression**-run.init_exponent
         settings = {"grad_scaling": "norm" if run.optimizer == "adamw" else "projection"} | fields
-        own = settings.pop("init_std", None)
-        std = own if run.init_std is None else run.init_std
-        if std == "rms":
-            squares = [(c.module.weight.numel(), initial_std(c.weight) ** 2) for c in find_targets(dense.model, config)]
-            std = math.sqrt(sum(count * square for count, square in squares) / dense.n)
         model = get_rps_model(dense.model, RPSConfig(ratio=1 / compression, seed=run.seed, init_std=std, **settings))
         return model, dense.stored(sum(p.numel() for p in model.parameters()) - dense.rest)
 
@@ -164,6 +164,7 @@ class Method(NamedTuple):
     Attributes:
         title: For tables and plots.
         build: None for lottery tickets, whose budgets come out of one chain of trainings.
+        init_exponent: That of C = RMS(sigma) * c^-init_exponent, or None for methods without a shared array.
         kind: "dense", "rps" (ours), "mapping" (earlier sharing), "start" (pruning at the start), "tickets", "smaller".
         dense_at_1: Whether the method at compression 1 is the dense model by construction, so that it need not run.
     """
@@ -172,20 +173,21 @@ class Method(NamedTuple):
     build: Builder | None
     kind: str
     dense_at_1: bool = True
+    init_exponent: float | None = None
 
 
 _HASHED = {"sign": "element", "init_weights": False}
 METHODS = {
     "dense": Method("dense", _unchanged, "dense"),
-    "rps": Method("RPS", _rps(), "rps", False),
-    "rps-element": Method("RPS, a sign per weight", _rps(sign="element"), "rps", False),
-    "rps-module": Method("RPS, shared per module", _rps(sharing="module"), "rps", False),
-    "roast-scaled": Method("ROAST mapping, gradient scaling", _rps(mapping="roast", **_HASHED), "mapping", False),
-    "roast": Method(
-        "ROAST", _rps(mapping="roast", grad_scaling="none", init_std="rms", **_HASHED), "mapping", False
+    "rps": Method("RPS", _rps(), "rps", False, INIT_EXPONENT),
+    "rps-element": Method("RPS, a sign per weight", _rps(sign="element"), "rps", False, INIT_EXPONENT),
+    "rps-module": Method("RPS, shared per module", _rps(sharing="module"), "rps", False, INIT_EXPONENT),
+    "roast-scaled": Method(
+        "ROAST mapping, gradient scaling", _rps(mapping="roast", **_HASHED), "mapping", False, INIT_EXPONENT
     ),
+    "roast": Method("ROAST", _rps(mapping="roast", grad_scaling="none", **_HASHED), "mapping", False, 0.0),
     "hashednets": Method(
-        "HashedNets mapping", _rps(mapping="hash", grad_scaling="none", init_std="rms", **_HASHED), "mapping", False
+        "HashedNets mapping", _rps(mapping="hash", grad_scaling="none", **_HASHED), "mapping", False, 0.0
     ),
     "random": Method("random pruning", _pruned("random"), "start"),
     "magnitude": Method("MAG", _pruned("magnitude"), "start"),

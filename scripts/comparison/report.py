@@ -175,8 +175,17 @@ def stability_table(rows: list[dict]) -> str:
 # ---- learning rates over ratios
 
 
-def _arm(row: dict) -> tuple[str, str]:
-    return row["optimizer"], "RMS(σ)" if row["init_std"] == "rms" else "default"
+def _arm(row: dict) -> tuple[str, float]:
+    return row["optimizer"], row["init_exponent"]
+
+
+def _arm_name(arm: tuple[str, float]) -> str:
+    """How the arm scales the shared array: C as a power of the compression c."""
+    optimizer, exponent = arm
+    if optimizer == "sgd":
+        return "SGD, any C"
+    names = {0: "RMS(σ)", 1 / 2: "RMS(σ)/√c", 1 / 3: "RMS(σ)/∛c"}
+    return f"AdamW, C = {names.get(exponent, f'RMS(σ)/c^{exponent:g}')}"
 
 
 def peak(rates: Sequence[float], scores: Sequence[float], higher: bool) -> float:
@@ -227,9 +236,10 @@ def law_table(rows: list[dict]) -> str:
     """Best rates and exponents, a row an arm."""
     lines, compressions = [], sorted({row["compression"] for row in rows})
     for fit in law_fits(rows):
-        optimizer, std = fit["arm"]
-        name = "SGD" if optimizer == "sgd" else f"AdamW, C {std}"
-        line = [f"{TASKS[fit['task']].title}, {name}", *(f"{fit['best'][c]:.2g}" for c in compressions)]
+        line = [
+            f"{TASKS[fit['task']].title}, {_arm_name(fit['arm'])}",
+            *(f"{fit['best'][c]:.2g}" for c in compressions),
+        ]
         lines.append([*line, f"{fit['exponent']:+.2f} ± {fit['error']:.2f}"])
     header = ["best learning rate", *(f"{c:g}×" for c in compressions), "exponent of the compression"]
     return _markdown(header, lines)
@@ -248,9 +258,7 @@ def law_plot(rows: list[dict], path: Path) -> None:
             rates = [row["learning_rate"] for row in cells]
             axis.errorbar(rates, list(map(mean, scores)), list(map(spread, scores)), marker="o", markersize=4,
                           capsize=2, color=f"C{i}", label=f"{compression:g}×")  # fmt: skip
-        optimizer, std = arm
-        title = "SGD" if optimizer == "sgd" else f"AdamW, C {'= RMS(σ)' if std != 'default' else 'by default'}"
-        axis.set(xscale="log", xlabel="learning rate", title=title)
+        axis.set(xscale="log", xlabel="learning rate", title=_arm_name(arm))
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel(f"{TASKS[task].title}: {_unit(task)}")
     best = [mean(_percent(task, row["test"])) for row in rows]

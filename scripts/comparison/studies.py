@@ -65,9 +65,10 @@ _QUICK_VIT, _QUICK_LM = _vit(64, 256, 3, 7), _gpt2(64, 3, 64)
 _FULL_VIT, _FULL_LM = _vit(128, 512, 6, 4), _gpt2(256, 6, 256)
 # factors of 2, so that the best rate can be told between grid points; an arm's grid is where its best rates are
 _LAW_RATES = {
-    ("adamw", None): (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
-    ("adamw", "rms"): (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1),
-    ("sgd", None): (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
+    ("adamw", 1 / 2): (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    ("adamw", 1 / 3): (1e-3, 2e-3, 4e-3, 8e-3),
+    ("adamw", 0.0): (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1),
+    ("sgd", 1 / 2): (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
 }
 PRESETS = {
     # two cores, under 30 minutes for the main table of the ViT; many small steps learn more in this time than few
@@ -111,6 +112,8 @@ PRESETS = {
 
 def make_run(task: str, method: str, size: Size, dataset: str, **settings) -> Run:
     """A run of ``method`` on a task of ``size``; text tasks have data of their own."""
+    if settings.get("init_std") is None:
+        settings.setdefault("init_exponent", METHODS[method].init_exponent)
     return Run(
         task=task,
         method=method,
@@ -231,37 +234,34 @@ def stability(runner: Runner, task: str, preset: Preset, dataset: str = FASHION_
 
 
 def learning_rate_law(runner: Runner, task: str, preset: Preset, dataset: str = FASHION_MNIST) -> list[dict]:
-    """Validation and test score of RPS over learning rate and compression: with AdamW for the default C and for
-    C = RMS(sigma), and with SGD, for which the projected gradient makes C immaterial.
+    """Validation and test score of RPS over learning rate and compression c: with AdamW for three laws
+    C = RMS(sigma) * c^-a, and with SGD, for which the projected gradient makes C immaterial.
 
     Returns:
-        A row a cell: "task", "optimizer", "init_std" (None: the default; or "rms"), "compression", "learning_rate",
-        "validation", "test" (lists over the seeds).
+        A row a cell: "task", "optimizer", "init_exponent" (a), "compression", "learning_rate", "validation", "test"
+        (lists over the seeds).
     """
     cells = [
-        (optimizer, std, compression, rate)
-        for (optimizer, std), rates in _LAW_RATES.items()
+        (optimizer, exponent, compression, rate)
+        for (optimizer, exponent), rates in _LAW_RATES.items()
         for compression in preset.law_compressions
         for rate in rates
     ]
-    runs = []
-    for optimizer, std, compression, rate in cells:
-        # at compression 1 both C are the same
-        std = None if compression == 1 else std
-        runs += [
-            make_run(task, "rps", preset.short[task], dataset, optimizer=optimizer, learning_rate=rate, seed=seed,
-                     init_std=std, compressions=(compression,))
-            for seed in preset.seeds
-        ]  # fmt: skip
+    runs = [
+        make_run(task, "rps", preset.short[task], dataset, optimizer=optimizer, learning_rate=rate, seed=seed,
+                 init_exponent=1 / 2 if compression == 1 else exponent,  # all the same there
+                 compressions=(compression,))
+        for optimizer, exponent, compression, rate in cells
+        for seed in preset.seeds
+    ]  # fmt: skip
     found = iter(runner(runs, f"{task}: learning rates over ratios"))
     rows = []
-    for optimizer, std, compression, rate in cells:
+    for optimizer, exponent, compression, rate in cells:
         results = [next(found)[0] for _ in preset.seeds]
-        scores = {split: [result[split] for result in results] for split in ("validation", "test")}
-        rows.append(
-            {"task": task, "optimizer": optimizer, "init_std": std, "compression": compression, "learning_rate": rate}
-            | scores
-        )
+        rows.append({
+            "task": task, "optimizer": optimizer, "init_exponent": exponent, "compression": compression,
+            "learning_rate": rate, **{split: [r[split] for r in results] for split in ("validation", "test")},
+        })  # fmt: skip
     return rows
 
 

@@ -30,7 +30,8 @@ class Run:
         train_size: Rows of the training split: images, or sequences of text.
         dataset: Name of the data.
         model: Overrides of the dense model's config.
-        init_std: C, the standard deviation of the shared array, "rms" for RMS(sigma), or None for the method's own.
+        init_std: C, the standard deviation of the shared array, or None for RMS(sigma) * c^-init_exponent.
+        init_exponent: None for methods without a shared array.
     """
 
     task: str
@@ -44,7 +45,8 @@ class Run:
     train_size: int
     dataset: str
     model: tuple[tuple[str, float], ...]
-    init_std: float | str | None = None
+    init_std: float | None = None
+    init_exponent: float | None = None
 
     @property
     def key(self) -> str:
