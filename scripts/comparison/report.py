@@ -11,12 +11,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator
 
 from comparison.methods import METHODS
 from comparison.studies import mean, spread
 from comparison.tasks import TASKS
 
-_COLOURS = {"dense": "black", "rps": "tab:red", "tickets": "tab:purple"}
+_OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 
 
 def _percent(task: str, scores: Sequence[float]) -> list[float]:
@@ -25,7 +26,7 @@ def _percent(task: str, scores: Sequence[float]) -> list[float]:
 
 def _cell(task: str, scores: Sequence[float], bold: bool = False) -> str:
     scores, digits = _percent(task, scores), 1 if TASKS[task].percent else 3
-    text = f"{mean(scores):.{digits}f} ± {spread(scores):.{digits}f}"
+    text = f"{mean(scores):.{digits}f}" + (f" ± {spread(scores):.{digits}f}" if len(scores) > 1 else "")
     return f"**{text}**" if bold else text
 
 
@@ -99,7 +100,7 @@ def compare_plot(rows: list[dict], path: Path) -> None:
     for axis, key in zip(axes, ("numbers", "bytes"), strict=True):
         if dense is not None:
             axis.axhline(mean(_percent(task, dense["test"])), color="black", linestyle="--", label="dense")
-        for i, method in enumerate(dict.fromkeys(row["method"] for row in rows if row["method"] != "dense")):
+        for i, method in enumerate(dict.fromkeys(r["method"] for r in rows if r["method"] != "dense" and "test" in r)):
             points = sorted((r[key], r["test"]) for r in rows if r["method"] == method and "test" in r)
             scores = [_percent(task, test) for _, test in points]
             axis.errorbar(
@@ -109,7 +110,10 @@ def compare_plot(rows: list[dict], path: Path) -> None:
                 linestyle="-" if METHODS[method].kind in ("rps", "mapping") else ":", markersize=5,
             )  # fmt: skip
         axis.set(xscale="log", xlabel=f"{key} stored, all parameters")
-        axis.grid(alpha=0.3, which="both")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.grid(alpha=0.3)
     axes[0].set_ylabel(_unit(task))
     if not TASKS[task].higher:
         axes[0].invert_yaxis()
@@ -142,11 +146,13 @@ def stability_plot(rows: list[dict], path: Path) -> None:
         columns, lines, values = _grid(chosen, "init_std", "learning_rate")
         image = axis.imshow(values, vmin=min(scores), vmax=max(scores), cmap="viridis", aspect="auto", origin="lower")
         for i, j in np.ndindex(values.shape):
-            axis.text(j, i, f"{values[i, j]:.1f}", ha="center", va="center", color="white", fontsize=9)
+            bright = image.norm(values[i, j]) > 0.7
+            colour = "black" if bright else "white"
+            axis.text(j, i, f"{values[i, j]:.1f}", ha="center", va="center", color=colour, fontsize=9)
         axis.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
         axis.set_yticks(range(len(lines)), [f"{line:g}" for line in lines])
         name = "STABLE-RPS" if method == "rps" else "ROAST"
-        axis.set(xlabel="C, std of the shared array", ylabel="learning rate", title=f"{name}, {optimizer.upper()}")
+        axis.set(xlabel="C, std of the shared array", ylabel="learning rate", title=f"{name}, {_OPTIMIZERS[optimizer]}")
     figure.colorbar(image, ax=axes, label=_unit(task))
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -160,7 +166,7 @@ def stability_table(rows: list[dict]) -> str:
     lines = []
     for optimizer in ("sgd", "adamw"):
         for method, name in (("roast", "ROAST"), ("rps", "STABLE-RPS")):
-            line = [f"{name}, {optimizer.upper()}"]
+            line = [f"{name}, {_OPTIMIZERS[optimizer]}"]
             for std in stds:
                 key = (method, optimizer, std)
                 cells = [row for row in rows if (row["method"], row["optimizer"], row["init_std"]) == key]
@@ -259,7 +265,10 @@ def law_plot(rows: list[dict], path: Path) -> None:
             axis.errorbar(rates, list(map(mean, scores)), list(map(spread, scores)), marker="o", markersize=4,
                           capsize=2, color=f"C{i}", label=f"{compression:g}×")  # fmt: skip
         axis.set(xscale="log", xlabel="learning rate", title=_arm_name(arm))
-        axis.grid(alpha=0.3, which="both")
+        rates = sorted({row["learning_rate"] for row in chosen})
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{TASKS[task].title}: {_unit(task)}")
     best = [mean(_percent(task, row["test"])) for row in rows]
     if TASKS[task].higher:
