@@ -121,6 +121,13 @@ def test_text_has_each_file_in_one_split():
         tasks.load_text(32, 10**9)
 
 
+@pytest.mark.parametrize("name", studies.PRESETS)
+def test_there_is_as_much_text_as_a_preset_asks_for(name):
+    for sizes in (studies.PRESETS[name].sizes, studies.PRESETS[name].short):
+        length = dict(sizes["lm"].model)["n_positions"]
+        assert len(tasks.load_text(length, sizes["lm"].train_size).train["labels"]) == sizes["lm"].train_size
+
+
 def test_scores_by_their_definitions(data):
     torch.manual_seed(0)
     model = tasks.TASKS["vit"].build(tasks.make_config("vit", dict(TINY["vit"].model), data)).eval()

@@ -94,12 +94,12 @@ PRESETS = {
         sizes={
             "vit": Size(_FULL_VIT, 55_000, 20, 128),
             "convnet": Size((), 55_000, 20, 128),
-            "lm": Size(_FULL_LM, 120_000, 3, 32),
+            "lm": Size(_FULL_LM, 30_000, 10, 32),
         },
         short={
             "vit": Size(_FULL_VIT, 20_000, 4, 128),
             "convnet": Size((), 20_000, 4, 128),
-            "lm": Size(_FULL_LM, 40_000, 1, 32),
+            "lm": Size(_FULL_LM, 20_000, 1, 32),
         },
         tasks=("vit", "convnet", "lm"),
         compressions=(1, 2, 5, 10, 20, 50, 100),
