@@ -43,7 +43,7 @@ class RPSLayer(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """W as the dense layer stores it, of ``weight_shape``. Differentiable."""
-        raise NotImplementedError
+        return self.shared.dense().view(self.weight_shape)
 
     @property
     def weight(self) -> LazyWeight:
@@ -99,8 +99,7 @@ class RPSLinear(RPSLayer):
 
     def dense_weight(self) -> Tensor:
         """W as the dense layer stores it: (out_features, in_features), or transposed for Conv1D. Differentiable."""
-        weight = self.shared.dense()
-        return weight.t() if self.transposed else weight
+        return self.shared.dense().t() if self.transposed else super().dense_weight()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -128,10 +127,6 @@ class RPSConv(RPSLayer):
             x = x.to(dtype)
         weight = self.shared.materialise(x.device, dtype).view(self.weight_shape)
         return self._shell._conv_forward(x, weight, None if self.bias is None else self.bias.to(dtype))
-
-    def dense_weight(self) -> Tensor:
-        """W as the dense layer stores it: (out_channels, in_channels / groups, *kernel_size). Differentiable."""
-        return self.shared.dense().view(self.weight_shape)
 
     def extra_repr(self) -> str:
         values = [f"{name}={getattr(self, name)!r}" for name in _CONVOLUTION_ATTRIBUTES]

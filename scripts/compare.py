@@ -32,6 +32,8 @@ from transformers import HfArgumentParser
 
 logger = logging.getLogger("compare")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "comparison.md"
+Table = Callable[[list[dict]], str]
+Plot = Callable[[list[dict], Path], None]
 STUDIES = ("main", "stability", "learning-rate", "continuity", "theory")
 
 
@@ -108,15 +110,16 @@ class Results:
         if self.docs and not report.fill(PAGE, name, text):
             logger.warning("%s has no place for %r", PAGE.name, name)
 
-    def rows(self, name: str, rows: list[dict]) -> None:
+    def write(self, name: str, rows: list[dict], table: Table, plot: Plot | None = None) -> None:
+        """NAME.jsonl, NAME.md and, with ``plot``, NAME.png."""
         path = self.folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self._keep(path)
-
-    def plot(self, name: str, draw: Callable[[list[dict], Path], None], rows: list[dict]) -> None:
-        path = self.folder / f"{name}.png"
-        draw(rows, path)
-        self._keep(path)
+        self.table(name, table(rows))
+        if plot is not None:
+            path = path.with_suffix(".png")
+            plot(rows, path)
+            self._keep(path)
 
     def _keep(self, path: Path) -> None:
         if self.docs:
@@ -134,31 +137,21 @@ def main(argv: list[str] | None = None) -> None:
     )
     runner, results = Runner(environment), Results(folder, arguments.docs)
     if "theory" in arguments.studies:
-        rows = theory.study()
-        results.rows("theory", rows)
-        results.table("theory", theory.table(rows))
-        results.plot("theory", theory.plot, rows)
+        results.write("theory", theory.study(), theory.table, theory.plot)
     for task in tasks:
         if "main" in arguments.studies:
             rows = studies.compare(runner, task, methods, preset, dataset, arguments.learning_rates)
-            results.rows(f"main-{task}", rows)
-            results.table(f"main-{task}", report.compare_table(rows))
+            results.write(f"main-{task}", rows, report.compare_table, report.compare_plot)
             results.table(f"storage-{task}", report.storage_table(rows))
-            results.plot(f"main-{task}", report.compare_plot, rows)
         if "stability" in arguments.studies:
             rows = studies.stability(runner, task, preset, dataset)
-            results.rows(f"stability-{task}", rows)
-            results.table(f"stability-{task}", report.stability_table(rows))
-            results.plot(f"stability-{task}", report.stability_plot, rows)
+            results.write(f"stability-{task}", rows, report.stability_table, report.stability_plot)
         if "learning-rate" in arguments.studies:
             rows = studies.learning_rate_law(runner, task, preset, dataset)
-            results.rows(f"learning-rate-{task}", rows)
-            results.table(f"learning-rate-{task}", report.law_table(rows))
-            results.plot(f"learning-rate-{task}", report.law_plot, rows)
+            results.write(f"learning-rate-{task}", rows, report.law_table, report.law_plot)
         if "continuity" in arguments.studies:
             rows = studies.continuity(runner, task, preset, dataset)
-            results.rows(f"continuity-{task}", rows)
-            results.table(f"continuity-{task}", report.continuity_table(rows))
+            results.write(f"continuity-{task}", rows, report.continuity_table)
 
 
 if __name__ == "__main__":

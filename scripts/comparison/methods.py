@@ -8,6 +8,7 @@ all. Bytes count what must be stored besides: a pruned model's mask or indices.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from comparison.tasks import TASKS, Data, make_config
-from comparison.training import Run, Timer, score, train
+from comparison.training import Run, score, train
 from hf_rps import RPSConfig, get_rps_model
 from hf_rps.baselines import BudgetError
 from hf_rps.baselines.at_start import prune_at_start
@@ -24,7 +25,7 @@ from hf_rps.baselines.low_rank import get_low_rank_model
 from hf_rps.baselines.magnitude import sparse_bytes
 from hf_rps.baselines.smaller import smaller_config
 from hf_rps.convert import initial_std
-from hf_rps.mapping import INIT_EXPONENT
+from hf_rps.mapping import INIT_EXPONENT, Target, WeightMap
 from hf_rps.targets import find_targets
 
 REWIND_TO = 0.1  # of the steps; Frankle et al. (ICML 2020) rewind to between 1 % and 10 %
@@ -76,9 +77,9 @@ def _rps(**fields) -> Builder:
     def build(dense: Dense, compression: float, run: Run, data: Data) -> Built:
         std = run.init_std
         if std is None and run.init_exponent != INIT_EXPONENT:  # else the library's own default is what is asked for
-            weights = [candidate.weight for candidate in find_targets(dense.model, RPSConfig())]
-            square = sum(weight.numel() * initial_std(weight) ** 2 for weight in weights) / dense.n
-            std = math.sqrt(square) * compression**-run.init_exponent
+            candidates = find_targets(dense.model, RPSConfig())
+            targets = [Target(c.name, *c.weight.shape, std=initial_std(c.weight)) for c in candidates]
+            std = WeightMap(targets, ratio=1 / compression, std_exponent=run.init_exponent).init_std
         settings = {"grad_scaling": "norm" if run.optimizer == "adamw" else "projection"} | fields
         model = get_rps_model(dense.model, RPSConfig(ratio=1 / compression, seed=run.seed, init_std=std, **settings))
         return model, dense.stored(sum(p.numel() for p in model.parameters()) - dense.rest)
@@ -122,7 +123,7 @@ def _low_rank(dense: Dense, compression: float, run: Run, data: Data) -> Built:
 
 def _lottery_tickets(run: Run, data: Data, device: torch.device) -> list[dict]:
     """Lottery-ticket rewinding: every round prunes a fifth of what is left, by the size of the trained weights."""
-    timer, dense = Timer(), dense_model(run, data)
+    start, dense = time.perf_counter(), dense_model(run, data)
     model = dense.model.to(device)
     first_step = max(1, round(REWIND_TO * run.steps))
     early: dict[str, torch.Tensor] = {}
@@ -148,7 +149,8 @@ def _lottery_tickets(run: Run, data: Data, device: torch.device) -> list[dict]:
     for compression in run.compressions[len(results) :]:
         stored = dense.stored(round(dense.n / compression), sparse_bytes(round(dense.n / compression), dense.n))
         results.append(_result(compression, stored) | score(model, run, data, False) | {"trainings": trainings})
-    return [result | {"seconds": timer()} for result in results]
+    seconds = round(time.perf_counter() - start, 2)
+    return [result | {"seconds": seconds} for result in results]
 
 
 def _result(compression: float, stored: Stored) -> dict:
@@ -210,7 +212,7 @@ def execute(run: Run, data: Data, device: torch.device) -> list[dict]:
     method = METHODS[run.method]
     if method.build is None:
         return _lottery_tickets(run, data, device)
-    timer, (compression,) = Timer(), run.compressions
+    start, (compression,) = time.perf_counter(), run.compressions
     dense = dense_model(run, data)
     try:
         model, stored = method.build(dense, compression, run, data)
@@ -221,4 +223,4 @@ def execute(run: Run, data: Data, device: torch.device) -> list[dict]:
     finite = train(model, run, data.train, on_step=lambda step, loss: losses.append(loss))
     tail = torch.stack(losses[-max(1, len(losses) // 10) :]).mean().item()
     result = _result(compression, stored) | score(model, run, data, finite)
-    return [result | {"train_loss": tail, "seconds": timer()}]
+    return [result | {"train_loss": tail, "seconds": round(time.perf_counter() - start, 2)}]

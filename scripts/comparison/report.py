@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean as mean
+from statistics import stdev
 
 import matplotlib
 
@@ -14,10 +16,14 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullLocator
 
 from comparison.methods import METHODS
-from comparison.studies import mean, spread
 from comparison.tasks import TASKS
 
 _OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
+
+
+def spread(scores: Sequence[float]) -> float:
+    """Standard deviation over the seeds; 0 for one."""
+    return stdev(scores) if len(scores) > 1 else 0.0
 
 
 def _percent(task: str, scores: Sequence[float]) -> list[float]:

@@ -70,7 +70,11 @@ class Runner:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._known: dict[str, list[dict]] = {}
         if self.file.exists():
-            for line in self.file.read_text().splitlines():
+            content = self.file.read_text()
+            if content and not content.endswith("\n"):  # cut short by a kill: what is added must not join it
+                with self.file.open("a") as file:
+                    file.write("\n")
+            for line in content.splitlines():
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError:
@@ -111,6 +115,5 @@ class Runner:
     def _keep(self, run: Run, results: list[dict]) -> None:
         self._known[run.key] = results
         line = json.dumps({"key": run.key, "run": dataclasses.asdict(run), "results": results})
-        whole = not self.file.exists() or self.file.read_bytes()[-1:] in (b"", b"\n")
         with self.file.open("a") as file:
-            file.write(("" if whole else "\n") + line + "\n")
+            file.write(line + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -315,12 +314,3 @@ def continuity(runner: Runner, task: str, preset: Preset, dataset: str = FASHION
         }
         for name in names
     ]
-
-
-def mean(scores: Sequence[float]) -> float:
-    return statistics.fmean(scores)
-
-
-def spread(scores: Sequence[float]) -> float:
-    """Standard deviation over the seeds; 0 for one."""
-    return statistics.stdev(scores) if len(scores) > 1 else 0.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -119,13 +118,3 @@ def score(model: nn.Module, run: Run, data: Data, finite: bool) -> dict:
         return {"validation": chance, "test": chance, "diverged": True}
     model.eval()
     return {split: task.evaluate(model, getattr(data, split)) for split in ("validation", "test")}
-
-
-class Timer:
-    """Seconds since it was made."""
-
-    def __init__(self):
-        self._start = time.perf_counter()
-
-    def __call__(self) -> float:
-        return round(time.perf_counter() - self._start, 2)
