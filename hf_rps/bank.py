@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hf_rps.functional import GradientBuffer
 from hf_rps.mapping import WeightMap
-from hf_rps.shared_array import SharedArray
+from hf_rps.shared_array import Gated, SharedArray
 
 
 class Bank(SharedArray, nn.Module):
@@ -30,11 +29,11 @@ class Bank(SharedArray, nn.Module):
         nn.Module.__setstate__(self, state)
         self._reset()
 
-    def forward(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, GradientBuffer | None]:
+    def forward(self, device: torch.device, dtype: torch.dtype) -> Gated:
         """Make a gate; see :meth:`SharedArray.make_gate`."""
         return self.make_gate(device, dtype)
 
-    def _call_gate(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, GradientBuffer | None]:
+    def _call_gate(self, device: torch.device, dtype: torch.dtype) -> Gated:
         return self(device, dtype)
 
     def extra_repr(self) -> str:

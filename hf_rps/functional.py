@@ -1,10 +1,12 @@
 """y = x W^T + b where W is a signed, scaled slice of the shared array psi: the fast path and, beside it, the plain one.
 
 The fast path (:func:`rps_linear`) feeds zero-copy views of psi to the matrix product and folds scale and sign into the
-output, so no weight is ever materialised; in the backward pass it adds each block's gradient straight into a slice of
-one gradient buffer. The plain path (:func:`rps_linear_reference`) builds W from its definition out of differentiable
-operations; it is what the fast path is tested against, and what torch.compile, torch.export and double backward use.
-:func:`rps_weight` is the fast path of all other operations (convolutions): W itself, with the same way of its gradient.
+output, so no weight is materialised; in the backward pass it adds each block's gradient straight into a slice of one
+gradient buffer. Only a weight of so many short runs that a product for each would be slow is pieced together, for the
+time of one product (:func:`_is_pieced`). The plain path (:func:`rps_linear_reference`) builds W from its definition out
+of differentiable operations; it is what the fast path is tested against, and what torch.compile, torch.export and
+double backward use. :func:`rps_weight` is the fast path of all other operations (convolutions): W itself, with the same
+way of its gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_rps.folding import RowLayout
+from hf_rps.folding import Fold, RowLayout
+from hf_rps.mapping import WEIGHTS_A_RUN
 
 
 class GradientBuffer:
@@ -61,7 +64,9 @@ def rps_linear(
     Returns:
         (..., rows), equal to ``F.linear(x, dense_weight(psi, layout, row_scale), bias)``.
     """
-    return _RPSLinear.apply(x, psi, bias, row_scale, layout, buffer)
+    if torch.is_grad_enabled():
+        return _RPSLinear.apply(x, psi, bias, row_scale, layout, buffer)
+    return _linear(x, psi, bias, row_scale, layout)  # an autograd node costs as much as a small product
 
 
 def rps_linear_reference(x: Tensor, psi: Tensor, layout: RowLayout, row_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -121,9 +126,47 @@ def _runs(psi: Tensor, layout: RowLayout) -> list[Tensor]:
     return [psi[slot : slot + length] for slot, length in layout.runs]
 
 
+def unfold(psi: Tensor, folds: tuple[Fold, ...]) -> Tensor:
+    """All weights at once, unscaled: the flat index range (n,) read from psi (m,), in a few operations a fold."""
+    parts = []
+    for fold in folds:
+        twice = psi[fold.base : fold.base + fold.m].repeat(2)  # a rotation by u is its slice [u, u + m)
+        shifts = torch.tensor(fold.shifts, device=psi.device)
+        parts.append(twice.as_strided((fold.m, fold.m), (1, 1)).index_select(0, shifts).view(-1)[: fold.n])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def fold_back(gradient: Tensor, folds: tuple[Fold, ...]) -> Tensor:
+    """The transpose of :func:`unfold`: (n,) to (m,), the sum over the weights on each slot."""
+    totals = []
+    for part, fold in zip(gradient.split([fold.n for fold in folds]), folds, strict=True):
+        twice = part.new_zeros(2 * fold.m)
+        for partition, shift in zip(part.split(fold.m), fold.shifts, strict=True):
+            twice[shift : shift + len(partition)].add_(partition)
+        totals.append(twice[: fold.m].add_(twice[fold.m :]))
+    return totals[0] if len(totals) == 1 else torch.cat(totals)
+
+
 def indexed_weight(psi: Tensor, slots: Tensor, signed_scale: Tensor) -> Tensor:
     """W = signed_scale * psi[slots] by index gather, for mappings that have no views. ``slots`` int64 (rows, cols)."""
     return (psi[slots] * signed_scale).to(psi.dtype)
+
+
+_WEIGHTS_A_RUN_ON_GPU = 1 << 21  # from the time of a launch and the bandwidth, not measured
+
+
+def _is_pieced(x: Tensor, layout: RowLayout) -> bool:
+    """True where W is put together for its product with x (..., cols), because it has so many short runs.
+
+    On views every further run costs its own launches, and x is read once more.
+    """
+    run = (WEIGHTS_A_RUN if x.device.type == "cpu" else _WEIGHTS_A_RUN_ON_GPU) + x.numel() // 4
+    return (len(layout.runs) - 1) * run > layout.rows * layout.cols
+
+
+def _block(array: Tensor, layout: RowLayout, count: int, slot: int) -> Tensor:
+    """View of ``count`` rows from ``slot`` of psi or its gradient buffer: (count, cols)."""
+    return array.as_strided((count, layout.cols), (layout.cols, 1), array.storage_offset() + slot)
 
 
 def _torn_rows(psi: Tensor, layout: RowLayout) -> Tensor:
@@ -137,37 +180,50 @@ def _columns(gy: Tensor, layout: RowLayout) -> Tensor:
     return torch.stack([gy[:, row] for row, _ in layout.torn], dim=1)
 
 
-def _multiply(x: Tensor, psi: Tensor, layout: RowLayout, y: Tensor) -> None:
-    """Write x (tokens, cols) times the unscaled weight transposed to y (tokens, rows)."""
-    cols = layout.cols
+def _multiply(x: Tensor, psi: Tensor, layout: RowLayout) -> Tensor:
+    """x (..., cols) times the unscaled weight transposed: (..., rows), a new tensor and not a view of one."""
+    if len(layout.runs) == 1:
+        return F.linear(x, _block(psi, layout, layout.rows, layout.runs[0][0]))
+    if _is_pieced(x, layout):
+        return F.linear(x, _unscaled(psi, layout))
+    y = x.new_empty(*x.shape[:-1], layout.rows)
+    x, columns = x.reshape(-1, layout.cols), y.view(-1, layout.rows)
     for row, count, slot in layout.blocks:
-        torch.mm(x, psi[slot : slot + count * cols].view(count, cols).t(), out=y[:, row : row + count])
+        torch.mm(x, _block(psi, layout, count, slot).t(), out=columns[:, row : row + count])
     if layout.torn:
         torn = x @ _torn_rows(psi, layout).t()
         for i, (row, _) in enumerate(layout.torn):
-            y[:, row].copy_(torn[:, i])
+            columns[:, row].copy_(torn[:, i])
+    return y
 
 
-def _input_gradient(gy: Tensor, psi: Tensor, layout: RowLayout) -> Tensor:
+def _linear(x: Tensor, psi: Tensor, bias: Tensor | None, row_scale: Tensor, layout: RowLayout) -> Tensor:
+    """The forward pass of :func:`rps_linear`."""
+    y = _multiply(x, psi, layout)
+    return y.mul_(row_scale) if bias is None else torch.addcmul(bias, y, row_scale, out=y)
+
+
+def _input_gradient(gy: Tensor, psi: Tensor, layout: RowLayout, pieced: bool) -> Tensor:
     """gy (tokens, rows), already scaled, times the unscaled weight: (tokens, cols)."""
-    cols, gx = layout.cols, None
+    if pieced:
+        return gy @ _unscaled(psi, layout)
+    gx = None
     for row, count, slot in layout.blocks:
-        weight = psi[slot : slot + count * cols].view(count, cols)
-        part = gy[:, row : row + count]
+        weight, part = _block(psi, layout, count, slot), gy[:, row : row + count]
         gx = part @ weight if gx is None else gx.addmm_(part, weight)
     if layout.torn:
-        part = _columns(gy, layout)
-        weight = _torn_rows(psi, layout)
+        weight, part = _torn_rows(psi, layout), _columns(gy, layout)
         gx = part @ weight if gx is None else gx.addmm_(part, weight)
     return gx
 
 
-def _add_weight_gradient(buffer: Tensor, gy: Tensor, x: Tensor, layout: RowLayout) -> None:
+def _add_weight_gradient(buffer: Tensor, gy: Tensor, x: Tensor, layout: RowLayout, pieced: bool) -> None:
     """Add gy^T x, the gradient of the unscaled weight, into the slots of ``buffer`` (m,) that the weight reads."""
-    cols = layout.cols
+    if pieced:
+        _fold_gradient(buffer, gy.t() @ x, layout)
+        return
     for row, count, slot in layout.blocks:
-        part = gy[:, row : row + count].t()
-        target = buffer[slot : slot + count * cols].view(count, cols)
+        part, target = gy[:, row : row + count].t(), _block(buffer, layout, count, slot)
         if buffer.dtype == x.dtype:
             target.addmm_(part, x)
         else:  # the product of one block in the compute dtype, summed over blocks and layers in the buffer's
@@ -179,6 +235,13 @@ def _add_weight_gradient(buffer: Tensor, gy: Tensor, x: Tensor, layout: RowLayou
             for slot, length in parts:
                 buffer[slot : slot + length].add_(torn[i, column : column + length])
                 column += length
+
+
+def _fold_gradient(buffer: Tensor, gradient: Tensor, layout: RowLayout) -> None:
+    """Add the gradient (rows, cols) of the unscaled weight into the slots of ``buffer`` (m,) that the weight reads."""
+    pieces = gradient.view(-1).split([length for _, length in layout.runs])
+    for (slot, length), piece in zip(layout.runs, pieces, strict=True):
+        buffer[slot : slot + length].add_(piece)
 
 
 def _plain_gradients(
@@ -198,15 +261,7 @@ class _RPSLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.layout, ctx.buffer = layout, buffer
         ctx.save_for_backward(x, psi, bias, row_scale)
-        y = x.new_empty(*x.shape[:-1], layout.rows)  # returned itself: models may change it in place, but not a view
-        _multiply(x.reshape(-1, layout.cols), psi, layout, y.view(-1, layout.rows))
-        if bias is None:
-            y.mul_(row_scale)
-        elif bias.dtype == y.dtype == row_scale.dtype:
-            torch.addcmul(bias, y, row_scale, out=y)
-        else:
-            y.mul_(row_scale).add_(bias)
-        return y
+        return _linear(x, psi, bias, row_scale, layout)
 
     @staticmethod
     def backward(ctx, gy):
@@ -225,10 +280,11 @@ class _RPSLinear(torch.autograd.Function):
             gbias = flat.sum(0).to(bias.dtype)
         if needs_x or needs_psi:
             scaled = (flat * row_scale).to(flat.dtype)
+            pieced = _is_pieced(x, layout)
             if needs_x:
-                gx = _input_gradient(scaled, psi, layout).view(x.shape)
+                gx = _input_gradient(scaled, psi, layout, pieced).view(x.shape)
             if needs_psi:
-                _add_weight_gradient(ctx.buffer.get(psi), scaled, x.reshape(-1, layout.cols), layout)
+                _add_weight_gradient(ctx.buffer.get(psi), scaled, x.reshape(-1, layout.cols), layout, pieced)
         return gx, None, gbias, None, None, None
 
 
@@ -236,14 +292,6 @@ def _added(weight: Tensor, psi: Tensor, layout: RowLayout, row_scale: Tensor) ->
     """``weight`` (rows, cols), in whatever order it lies, plus the shared weight: a new contiguous tensor."""
     total = torch.empty(layout.rows, layout.cols, dtype=weight.dtype, device=weight.device)
     return torch.addcmul(weight, _unscaled(psi, layout), row_scale[:, None].to(weight.dtype), out=total)
-
-
-def _fold_gradient(buffer: Tensor, gradient: Tensor, layout: RowLayout) -> None:
-    """Add the gradient (rows, cols) of the unscaled weight into the slots of ``buffer`` (m,) that the weight reads."""
-    gradient, start = gradient.view(-1), 0
-    for slot, length in layout.runs:
-        buffer[slot : slot + length].add_(gradient[start : start + length])
-        start += length
 
 
 def _fold_scaled_gradient(buffer: Tensor, gradient: Tensor, row_scale: Tensor, layout: RowLayout) -> None:

@@ -24,6 +24,11 @@ from hf_rps.hashing import hash_range, hash_signs, stream_key
 INIT_EXPONENT = 1 / 3  # of m / n in the default C; docs/comparison.md has the measurement
 ROAST_TILE = 64  # weights a hashed tile; Desai, Zhou and Shrivastava, ICML 2023, use tiles of this order
 
+# How many weights can be pieced together on a CPU in the time that a run of its own costs; docs/benchmarks.md has the
+# measurement.
+WEIGHTS_A_RUN = 1 << 15
+UNFOLD_UP_TO = 1 << 20  # weights; beyond, a copy of all of them would be memory that sharing is there to save
+
 SHARING = ("global", "block", "module")
 MAPPINGS = ("fold", "roast", "hash")
 SIGNS = ("row", "element", "none")
@@ -118,6 +123,7 @@ class WeightMap:
             fold = Fold(start, slots, shifts, base)
             self._spans.update((target.name, (fold, span)) for target, span in zip(members, spans, strict=True))
             base += slots
+        self.folds = tuple(dict.fromkeys(fold for fold, _ in self._spans.values()))
         self.n = sum(target.numel for target in self.targets)
         self.m = base
         mean_square = math.fsum(t.numel * (t.std * t.std) for t in self.targets) / self.n
@@ -141,6 +147,19 @@ class WeightMap:
         """Contiguous runs (first slot, length) of one target's weights, row-major. Only for "fold"."""
         fold, span = self._spans[name]
         return fold.runs(span.start, span.stop)
+
+    @cached_property
+    def unfolds(self) -> bool:
+        """True for a small model in many runs: making all weights once a pass is then quicker than views of psi."""
+        if not self.is_view or self.n > UNFOLD_UP_TO:
+            return False
+        return WEIGHTS_A_RUN * sum(len(self.runs(target.name)) for target in self.targets) > self.n
+
+    @cached_property
+    def flat_targets(self) -> tuple[Target, ...]:
+        """The targets in the order of the flat index range: group after group."""
+        group_of = {fold: i for i, fold in enumerate(self.folds)}
+        return tuple(sorted(self.targets, key=lambda target: group_of[self._spans[target.name][0]]))
 
     @property
     def is_view(self) -> bool:
@@ -211,7 +230,7 @@ class WeightMap:
             "n": self.n,
             "m": self.m,
             "targets": [[t.name, t.out_features, t.in_features, float(t.std).hex()] for t in self.targets],
-            "shifts": [fold.shifts for fold in dict.fromkeys(fold for fold, _ in self._spans.values())],
+            "shifts": [fold.shifts for fold in self.folds],
             "keys": list(self._keys.values()),
         }
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

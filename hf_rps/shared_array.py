@@ -3,20 +3,25 @@
 One *gate*, an autograd node, stands between psi and all its uses in one forward pass. Backward passes of layers add
 into the gate's gradient buffer, and the gate hands the sum, divided slot by slot as ``grad_scaling`` says, to psi
 once. So whatever hooks on psi (DDP, FSDP, gradient accumulation, clipping, GradScaler) sees one ordinary gradient.
-The gate also casts psi once a pass to the compute dtype and copies it once to each device that layers live on.
+The gate also casts psi once a pass to the compute dtype and copies it once to each device that layers live on. For a
+small model of many runs it makes all weights at once instead (:attr:`hf_rps.mapping.WeightMap.unfolds`), and the layers
+are as ordinary as dense ones.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_rps.functional import GradientBuffer
+from hf_rps.functional import GradientBuffer, fold_back, unfold
 from hf_rps.mapping import WeightMap
+
+Gated: TypeAlias = tuple[Tensor | tuple[Tensor, ...], GradientBuffer | None]
 
 _SHORT_PIECE = 4096  # mean piece of Gamma (slots) below which one array of divisors is cheaper than a pass a piece
 
@@ -52,6 +57,31 @@ class _Gate(torch.autograd.Function):
             divisor = ctx.bank.divisor(total.device, total.dtype)
             total = total if divisor is None else total / divisor
         return (None if total is None else total.to(ctx.dtype)), None, None, None
+
+
+class _UnfoldingGate(torch.autograd.Function):
+    """From psi (m,) to all weights, scaled and signed, in the flat index range (n,); backward sums and divides.
+
+    Saves no tensor: under checkpointing a gate is made in one block and made again in another.
+    """
+
+    @staticmethod
+    def forward(ctx, psi, dtype, bank):
+        ctx.set_materialize_grads(False)
+        ctx.bank, ctx.dtype = bank, psi.dtype
+        ctx.recomputed = torch._C._current_graph_task_id() != -1
+        return bank.unfolded(psi, dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.recomputed:
+            ctx.bank.check_reentrant()
+        if grad is None:
+            return None, None, None
+        weight_map = ctx.bank.weight_map
+        total = fold_back(grad * ctx.bank.flat_factor(grad.device, grad.dtype), weight_map.folds)
+        divisor = ctx.bank.divisor(total.device, total.dtype)
+        return (total if divisor is None else total / divisor).to(ctx.dtype), None, None
 
 
 class _Divide(torch.autograd.Function):
@@ -94,11 +124,12 @@ class SharedArray:
         self._ddp: weakref.ref | None = None  # the DistributedDataParallel that ran the last pass
         self._recomputation: tuple[int, dict] = (-1, {})  # gates made inside the backward pass of this graph task
         self._divisors: dict = {}
+        self._factors: dict = {}  # scale times sign of all weights, by device and dtype; of maps that unfold
         self._spare: Tensor | None = None  # an alias of the last gradient, whose memory the next one may take
 
     def __getstate__(self):
         state = self.__dict__.copy()
-        for name in ("_passes", "_ddp", "_recomputation", "_divisors", "_spare"):
+        for name in ("_passes", "_ddp", "_recomputation", "_divisors", "_factors", "_spare"):
             del state[name]
         return state
 
@@ -139,8 +170,12 @@ class SharedArray:
         if getattr(self._passes, "opener", None) is module:
             self._passes.opener = self._passes.gates = None
 
-    def gated(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, GradientBuffer | None]:
-        """psi (m,) on ``device`` in ``dtype`` behind this pass's gate, and the gate's buffer (None: no gradient)."""
+    def gated(self, device: torch.device, dtype: torch.dtype) -> Gated:
+        """psi (m,) on ``device`` in ``dtype`` behind this pass's gate, and the gate's buffer (None: no gradient).
+
+        Where the map unfolds: all weights, one (out_features, in_features) each of ``weight_map.flat_targets``, and
+        None.
+        """
         gates = getattr(self._passes, "gates", None)
         if gates is None:
             gates = self._recomputed_gates()
@@ -165,18 +200,44 @@ class SharedArray:
     def _end_recomputation(self) -> None:
         self._recomputation = (-1, {})
 
-    def _call_gate(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, GradientBuffer | None]:
+    def _call_gate(self, device: torch.device, dtype: torch.dtype) -> Gated:
         """:meth:`make_gate` by way of the module that owns psi, whose hooks (offloading, sharding) put it in place."""
         return self.make_gate(device, dtype)
 
-    def make_gate(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, GradientBuffer | None]:
-        """Make a gate: psi on ``device`` in ``dtype`` and the buffer for its gradient. Use :meth:`gated`."""
+    def make_gate(self, device: torch.device, dtype: torch.dtype) -> Gated:
+        """Make a gate; see :meth:`gated`, which is to be used."""
         psi = self.psi if self.psi.device == device else self.psi.to(device)
-        if not (torch.is_grad_enabled() and psi.requires_grad):
+        trains = torch.is_grad_enabled() and psi.requires_grad
+        if self.weight_map.unfolds:
+            flat = _UnfoldingGate.apply(psi, dtype, self) if trains else self.unfolded(psi.detach(), dtype)
+            targets = self.weight_map.flat_targets
+            parts = zip(flat.split([target.numel for target in targets]), targets, strict=True)
+            return tuple(part.view(target.out_features, target.in_features) for part, target in parts), None
+        if not trains:
             return psi.detach().to(dtype), None
         buffer = GradientBuffer(self._new_buffer)
         cast = None if psi.dtype == dtype else psi.detach().to(dtype)
         return _Gate.apply(psi, cast, buffer, self), buffer
+
+    def unfolded(self, psi: Tensor, dtype: torch.dtype) -> Tensor:
+        """All weights in the flat index range (n,), in ``dtype``, from psi (m,)."""
+        flat = unfold(psi.to(dtype), self.weight_map.folds)
+        return (flat * self.flat_factor(flat.device, dtype)).to(dtype)
+
+    def flat_factor(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Scale times sign of all weights (n,), of float32, or float64 where ``dtype`` is."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        if (device, dtype) not in self._factors:
+            weight_map = self.weight_map
+            with torch.inference_mode(False):  # an inference tensor would break training later
+                factors = [
+                    (torch.from_numpy(weight_map.signs(t.name)).to(dtype) * weight_map.scale(t.name)).expand(
+                        t.out_features, t.in_features
+                    )
+                    for t in weight_map.flat_targets
+                ]
+                self._factors[device, dtype] = torch.cat([factor.reshape(-1) for factor in factors]).to(device)
+        return self._factors[device, dtype]
 
     def plain(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """psi (m,) on ``device`` in ``dtype`` for the plain path: ordinary operations that compilers can trace."""

@@ -48,12 +48,19 @@ class SharedWeight:
         weight_map = array.weight_map
         self.target = weight_map.targets[weight_map.index[name]]
         self.layout = weight_map.layout(name) if weight_map.is_view else None
+        # among the weights that the array makes once a pass, if it does
+        self._position = weight_map.flat_targets.index(self.target) if weight_map.unfolds else None
         with torch.inference_mode(False):
             signs = torch.from_numpy(weight_map.signs(name))
             self._factors = {torch.device("cpu"): signs.to(torch.float32) * weight_map.scale(name)}
             # an index a weight, only for the mappings that have no views
             slots = None if self.layout is not None else torch.from_numpy(weight_map.slots(name))
             self._slots = {} if slots is None else {torch.device("cpu"): slots}
+
+    @property
+    def is_view(self) -> bool:
+        """True where products read views of psi, rather than a weight that was made for them."""
+        return self.layout is not None and self._position is None
 
     def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """x W^T + bias: (..., out_features), computed in ``dtype``.
@@ -62,7 +69,7 @@ class SharedWeight:
         """
         if x.dtype != dtype and torch.is_autocast_enabled(x.device.type):
             x = x.to(dtype)
-        if self.layout is None or takes_plain_path():
+        if not self.is_view or takes_plain_path():
             return F.linear(x, self.materialise(x.device, dtype), None if bias is None else bias.to(dtype))
         psi, buffer = self.array.gated(x.device, dtype)
         return rps_linear(x, psi, self.layout, self.factor(x.device, psi.dtype).view(-1), bias, buffer)
@@ -79,7 +86,10 @@ class SharedWeight:
 
     def materialise(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """W (out_features, in_features) on ``device`` in ``dtype``, made whole; differentiable in psi."""
-        plain, factor = takes_plain_path(), self.factor(device, dtype)
+        plain = takes_plain_path()
+        if self._position is not None and not plain:
+            return self.array.gated(device, dtype)[0][self._position]
+        factor = self.factor(device, dtype)
         psi, buffer = (self.array.plain(device, dtype), None) if plain else self.array.gated(device, dtype)
         if self.layout is None:
             return indexed_weight(psi, _cached(self._slots, device), factor)
@@ -114,6 +124,8 @@ class LazyWeight:
         shape: Its shape.
         like: A tensor of its dtype, device and requires_grad: the shared array.
     """
+
+    _is_hf_initialized = True  # transformers' initialisers would make it and throw away what they drew
 
     def __init__(self, make: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor):
         self._make = make

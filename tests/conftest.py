@@ -8,11 +8,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import transformers
+from processes import take_the_way_of_large_models
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
-import hf_rps  # noqa: F401  (registers with transformers)
-
 transformers.utils.logging.disable_progress_bar()
+take_the_way_of_large_models()
 torch.set_num_threads(1)
 
 

@@ -11,6 +11,7 @@ import textwrap
 
 import pytest
 import torch
+from processes import AS_LARGE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -25,7 +26,7 @@ from transformers import (
 )
 from transformers.quantizers import auto as quantizers
 
-from hf_rps import RPSConfig, get_rps_model, size_report, to_dense
+from hf_rps import RPSConfig, get_rps_model, mapping, size_report, to_dense
 from hf_rps.convert import find_bank
 from hf_rps.layers import RPSLinear
 
@@ -65,8 +66,14 @@ def rewrite(folder, change=lambda tensors: None, metadata=lambda metadata: None)
 # ---- what must work
 
 
-def test_in_a_fresh_process(saved, ids):
+@pytest.mark.parametrize("large", [True, False])
+def test_in_a_fresh_process(saved, ids, large, monkeypatch):
+    """Bit for bit, whichever way the weights are read."""
     model, folder = saved
+    if not large:
+        monkeypatch.setattr(mapping, "UNFOLD_UP_TO", 1 << 20)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert find_bank(model).weight_map.unfolds
     torch.save(model(ids).logits, folder / "logits.pt")
     code = f"""
         import sys, torch, hf_rps
@@ -77,7 +84,8 @@ def test_in_a_fresh_process(saved, ids):
         logits = model(torch.arange(18).view(2, 9) * 5 % 97).logits
         assert torch.equal(logits, torch.load(folder + "/logits.pt")), "logits differ"
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    code = (AS_LARGE if large else "") + textwrap.dedent(code)
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
 
 
 def test_size(saved):

@@ -79,17 +79,18 @@ SCRIPT = """
 """
 
 
-def run(tmp_path, mode, forms, processes, check=True):
+def run(tmp_path, mode, forms, processes, check=True, large=True):
     out = tmp_path / f"{mode}-{processes}.pt"
-    errors = run_processes(tmp_path, SCRIPT, [mode, out, *forms], processes, check)
+    errors = run_processes(tmp_path, SCRIPT, [mode, out, *forms], processes, check, large)
     return torch.load(out) if check else errors
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=[*((mode, "large") for mode in MODES), (MODES[0], "small")], ids=" ".join)
 def results(request, tmp_path_factory):
-    """What one process gives, and by form what two give."""
-    folder = tmp_path_factory.mktemp(request.param)
-    return run(folder, request.param, ["plain"], 1)["plain"], run(folder, request.param, FORMS, 2)
+    """What one process gives, and by form what two give; for a small model, which makes its weights, too."""
+    (mode, size), folder = request.param, tmp_path_factory.mktemp("results")
+    alone = run(folder, mode, ["plain"], 1, large=size == "large")["plain"]
+    return alone, run(folder, mode, FORMS, 2, large=size == "large")
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from hf_rps import functional, mapping
 from hf_rps.bank import Bank
 from hf_rps.functional import dense_weight, rps_linear_reference
 from hf_rps.layers import RPSConv, RPSLinear
@@ -95,10 +96,22 @@ class Network(nn.Module):
         return gradient / divisor.masked_fill(divisor == 0, 1)
 
 
-@pytest.fixture(params=list(KINDS), ids=list(KINDS))
-def network(request):
+def ways(options):
+    """How the weights of such a network may be read: views of psi, pieced together for a product, made once a pass."""
+    if options.get("mapping", "fold") != "fold" or options.get("sign") == "element":
+        return ["indexed"]
+    return ["views", "unfolded"] if options["kind"] == "convolution" else ["views", "pieced", "unfolded"]
+
+
+@pytest.fixture(params=[(kind, way) for kind, options in KINDS.items() for way in ways(options)], ids=", ".join)
+def network(request, monkeypatch):
+    kind, way = request.param
+    monkeypatch.setattr(functional, "_is_pieced", lambda x, layout: way == "pieced")
+    monkeypatch.setattr(mapping, "UNFOLD_UP_TO", 1 << 20 if way == "unfolded" else 0)
     torch.manual_seed(0)
-    return Network(**KINDS[request.param])
+    network = Network(**KINDS[kind])
+    assert network.bank.weight_map.unfolds == (way == "unfolded")
+    return network
 
 
 def inputs(dtype=torch.float64):

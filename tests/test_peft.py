@@ -22,6 +22,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from processes import AS_LARGE
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
@@ -368,6 +369,7 @@ def test_round_trips_in_a_new_process(tiny, ids, tmp_path):
         for mode in ("delta", "replace"):
             check(AutoModelForCausalLM.from_pretrained(folder / f"{mode} merged"), f"{mode} merged")
         import hf_rps
+        AS_LARGE
         from peft import AutoPeftModelForCausalLM, PeftModel
         for mode in ("delta", "replace"):
             check(AutoPeftModelForCausalLM.from_pretrained(folder / mode), mode)
@@ -385,7 +387,7 @@ def test_round_trips_in_a_new_process(tiny, ids, tmp_path):
             check(model, f"{mode} other")
     """
     child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        [sys.executable, "-c", textwrap.dedent(script).replace("AS_LARGE\n", AS_LARGE), str(tmp_path)],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-3000:]

@@ -10,10 +10,11 @@ import sys
 
 from datasets import Dataset
 from sklearn.datasets import load_digits
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 import hf_rps
 
+set_seed(0)
 output_dir = sys.argv[1] if len(sys.argv) > 1 else "outputs/trainer"
 digits = load_digits()
 rows = Dataset.from_dict({"pixel_values": digits.images[:, None] / 8 - 1, "labels": digits.target}).with_format("torch")

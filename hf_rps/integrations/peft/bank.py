@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
-from hf_rps.functional import GradientBuffer
 from hf_rps.mapping import WeightMap
-from hf_rps.shared_array import SharedArray
+from hf_rps.shared_array import Gated, SharedArray
 
 
 class RPSTunerLayer(BaseTunerLayer):
@@ -37,7 +36,7 @@ class AdapterArray(SharedArray):
     def psi(self) -> nn.Parameter:
         return self.owner.rps_psi[self.adapter_name]
 
-    def _call_gate(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, GradientBuffer | None]:
+    def _call_gate(self, device: torch.device, dtype: torch.dtype) -> Gated:
         return self.owner(self, device, dtype)
 
 

@@ -104,7 +104,7 @@ class DeltaLinear(AdapterLinear):
             and type(base).forward in (nn.Linear.forward, Conv1D.forward)
             and "forward" not in base.__dict__  # as accelerate's hooks put there
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
-            and shared.layout is not None
+            and shared.is_view
             and weight.dtype in (torch.float32, torch.float64)
             and not weight.requires_grad
             and weight.device == x.device

@@ -1,0 +1,189 @@
+"""The subjects: the forms in which a model is measured, ours and those of others, and how a model gets each form."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from benchmark.models import make
+from benchmark.settings import Settings
+from hf_rps import RPSConfig, get_rps_model
+from hf_rps.convert import find_bank
+from hf_rps.layers import RPSLayer, RPSLinear
+from hf_rps.targets import Candidate, find_targets
+
+FORMS = ("views", "gather", "cat")
+PEERS = ("fakeroast", "rzlinear")
+# a file that each peer's folder must hold, and the package that its code imports besides torch
+PEER_FILES = {"fakeroast": "FakeRoastUtil_v2.py", "rzlinear": "python/rz_linear/__init__.py"}
+PEER_PACKAGES = {"fakeroast": "mmh3", "rzlinear": "triton"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One form of a model and its ratio, stored numbers over targeted weights.
+
+    Forms: "dense"; "views" (ours); "gather" (ours with an index and a sign for every weight); "cat" (ours, where every
+    linear layer makes its weight whole and multiplies with it); "fakeroast" and "rzlinear" (the authors' code); and the
+    adapters "delta" (ours) and "lora", whose ratio is its rank.
+    """
+
+    form: str
+    ratio: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.form if self.form == "dense" else f"{self.form} {self.ratio:g}"
+
+
+DENSE = Subject("dense")
+ADAPTERS = (Subject("lora", 8), Subject("delta", 0.001), Subject("delta", 0.01))
+
+
+@dataclass
+class Built:
+    """A model in the form of a subject.
+
+    Attributes:
+        model: The model.
+        n: Weights that the compressed forms target, counted in the dense model.
+        m: Numbers that stand for them: n for the dense model; for an adapter, the numbers trained.
+        stored: Parameters that stand for the targeted weights.
+        kept: Gives the other tensors that this form keeps for them (divisors of the gradient, indices, signs).
+        after_backward: To be called in a training step once the gradients are there.
+    """
+
+    model: nn.Module
+    n: int
+    m: int
+    stored: list[nn.Parameter]
+    kept: Callable[[], list[Tensor]] = list
+    after_backward: Callable[[], None] = lambda: None
+
+
+def build(work: str, name: str, subject: Subject, settings: Settings) -> Built:
+    """The model ``name`` of ``work`` in the form of ``subject``, the same random numbers at every call."""
+    torch.manual_seed(0)
+    model = make(work, name, settings)
+    targets = find_targets(model, RPSConfig())
+    n = sum(target.weight.numel() for target in targets)
+    if subject.form == "dense":
+        return Built(model, n, n, [target.module.weight for target in targets])
+    if subject.form == "fakeroast":
+        return _fakeroast(model, targets, n, subject.ratio, settings)
+    if subject.form == "rzlinear":
+        return _rzlinear(model, targets, n, subject.ratio, settings)
+    if subject.form in ("lora", "delta"):
+        return _adapter(model, n, subject)
+    sign = "element" if subject.form == "gather" else "row"
+    model = get_rps_model(model, RPSConfig(ratio=subject.ratio, sign=sign, grad_scaling="norm"))
+    if subject.form == "cat":
+        for module in model.modules():
+            if isinstance(module, RPSLinear):
+                module.forward = _materialising(module)
+    bank = find_bank(model)
+    return Built(model, n, bank.psi.numel(), [bank.psi], lambda: _kept(model))
+
+
+def _materialising(layer: RPSLinear) -> Callable[[Tensor], Tensor]:
+    """A forward of ``layer`` that puts its weight together (slices and one cat), then multiplies once."""
+
+    def forward(x: Tensor) -> Tensor:
+        return F.linear(x, layer.shared.materialise(x.device, x.dtype), layer.bias)
+
+    return forward
+
+
+def _kept(model: nn.Module) -> list[Tensor]:
+    """What our model keeps beside its parameters: divisors of the gradient, factors (scale and sign), indices."""
+    holders = [find_bank(model), *(module.shared for module in model.modules() if isinstance(module, RPSLayer))]
+    caches = [getattr(holder, name, {}) for holder in holders for name in ("_divisors", "_factors", "_slots")]
+    return [value for cache in caches for value in cache.values() if isinstance(value, Tensor)]
+
+
+def _adapter(model: nn.Module, n: int, subject: Subject) -> Built:
+    """``model`` with an adapter on all linear layers: LoRA, or ours in mode "delta"."""
+    if subject.form == "lora":
+        config = LoraConfig(r=int(subject.ratio), target_modules="all-linear")
+    else:
+        config = RPSConfig(ratio=subject.ratio, mode="delta", grad_scaling="norm")
+    model = get_peft_model(model, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Built(model, n, sum(p.numel() for p in trained), trained)
+
+
+# ---- the authors' code
+
+
+def missing(peer: str, path: str) -> str | None:
+    """What keeps the code of ``peer`` at ``path`` from running here, or None."""
+    if not (Path(path) / PEER_FILES[peer]).is_file():
+        return f"{path} has no file {PEER_FILES[peer]}: expected a checkout of the authors' repository"
+    package = PEER_PACKAGES[peer]
+    if importlib.util.find_spec(package) is None:
+        return f"the authors' code needs the package {package}: pip install {package}"
+    return None
+
+
+def _import(folder: Path, module: str):
+    sys.path.insert(0, str(folder))
+    return importlib.import_module(module)
+
+
+def _replace_conv1d(model: nn.Module, targets: list[Candidate]) -> None:
+    """Turn GPT-2's Conv1D layers, which the authors' code skips silently, into linear layers of the same weight."""
+    for target in targets:
+        if target.transposed:
+            weight, bias = target.weight, target.module.bias
+            linear = nn.Linear(*weight.shape[::-1], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+            linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+            model.set_submodule(target.name, linear)
+
+
+def _fakeroast(model: nn.Module, targets: list[Candidate], n: int, ratio: float, settings: Settings) -> Built:
+    """``model`` roasted as the sample of FakeRoast's README does it: one array, mapper "pareto", scaler mode "v1".
+
+    Everything but the targets is marked ``do_not_roast``. The authors' code makes float32 tensors on the CPU only.
+    """
+    roast = _import(Path(settings.fakeroast), "FakeRoastUtil_v2")
+    model = model.to("cpu", torch.float32)
+    _replace_conv1d(model, targets)
+    names = {target.name for target in targets}
+    for name, module in model.named_modules():
+        module.do_not_roast = name not in names
+    mapper = {"mapper": "pareto", "hasher": "uhash", "block_k": 16, "block_n": 16, "block": 8, "seed": 123321}
+    model = roast.ModelRoasterGradScaler(
+        model, True, ratio, verbose=roast.NONE, module_limit_size=None, init_std=0.01, scaler_mode="v1",
+        mapper_args=mapper,
+    ).process().to(settings.device, settings.torch_dtype)  # fmt: skip
+    array = model.roast_array
+    array._roast_grad_scaler = array._roast_grad_scaler.to(array)
+    constants = [p for name, p in model.named_parameters() if name.endswith((".WHelper.IDX", ".WHelper.G"))]
+    scaler = roast.RoastGradScaler()
+    return Built(
+        model, n, array.numel(), [array, *constants], lambda: [array._roast_grad_scaler],
+        lambda: scaler.scale_step(model),
+    )  # fmt: skip
+
+
+def _rzlinear(model: nn.Module, targets: list[Candidate], n: int, ratio: float, settings: Settings) -> Built:
+    """``model`` with the authors' RzLinear (Triton) in place of every targeted layer, all on one array."""
+    rz_linear = _import(Path(settings.rzlinear) / "python", "rz_linear")
+    dtype, device = settings.torch_dtype, settings.device
+    array = nn.Parameter(0.02 * torch.randn(round(ratio * n), dtype=dtype, device=device))
+    for seed, target in enumerate(targets):
+        rows, cols = target.weight.shape
+        bias = target.module.bias is not None
+        layer = rz_linear.RzLinear(cols, rows, hashed_weight=array, bias=bias, seed=seed, dtype=dtype)
+        if not bias:
+            layer._bias = None  # else it adds False to every output
+        model.set_submodule(target.name, layer.to(device))
+    return Built(model, n, array.numel(), [array])

@@ -1,0 +1,347 @@
+"""The benchmark of scripts/bench.py: every work and form on tiny models, its rows, its report and its errors."""
+
+import json
+import sys
+
+import pytest
+from finetuning import SCRIPTS
+
+sys.path.insert(0, str(SCRIPTS))
+import bench
+from benchmark import report
+from benchmark.models import make
+from benchmark.runner import WORKS, Job, measure
+from benchmark.runner import subjects as subjects_of
+from benchmark.settings import Settings
+from benchmark.subjects import ADAPTERS, FORMS, Subject, build
+from benchmark.works import Case
+
+SETTINGS = Settings(
+    rounds=1,
+    seconds=0.001,
+    tokens=(1, 8),
+    step_tokens=(4,),
+    prompt=8,
+    batches=(1, 2),
+    command="python scripts/bench.py",
+)
+OURS = tuple(Subject(form, 0.1) for form in FORMS)
+FIELDS = {"work", "model", "case", "form", "ratio", "threads", "device", "dtype", "part", "n", "m", "torch", "command"}
+TIMES = {"time_ratio", "time_ratio_low", "time_ratio_high", "milliseconds", "dense_milliseconds", "peak_mib"}
+# the names and signatures of FakeRoast that the benchmark uses; half of its array's gradient is its "scaled" one
+STAND_IN = """
+import torch
+from torch import nn
+
+NONE = 0
+print("prints to standard output, like the authors' code")
+
+class Helper(nn.Module):
+    def __init__(self, shape, array):
+        super().__init__()
+        self.weight = array
+        self.IDX = nn.Parameter(torch.arange(shape.numel()).view(shape) % array.numel(), requires_grad=False)
+        self.G = nn.Parameter(torch.ones(shape), requires_grad=False)
+
+class FakeRoastLinear(nn.Module):
+    def __init__(self, linear, array):
+        super().__init__()
+        self.WHelper, self.bias = Helper(linear.weight.shape, array), linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.WHelper.weight[self.WHelper.IDX] * self.WHelper.G, self.bias)
+
+class ModelRoasterGradScaler:
+    def __init__(self, model, roast_global, sparsity, module_limit_size, verbose, init_std, scaler_mode, mapper_args):
+        self.model = model
+        self.layers = [(k, m) for k, m in model.named_modules() if type(m) is nn.Linear and not m.do_not_roast]
+        n = sum(layer.weight.numel() for _, layer in self.layers)
+        self.array = nn.Parameter(init_std * torch.randn(int(sparsity * n)))
+
+    def process(self):
+        for name, layer in self.layers:
+            self.model.set_submodule(name, FakeRoastLinear(layer, self.array))
+        self.model.roast_array = self.array
+        self.array._roast_grad_scaler = torch.full_like(self.array, 2.0)
+        return self.model
+
+class RoastGradScaler:
+    def scale_step(self, model):
+        model.roast_array.grad /= model.roast_array._roast_grad_scaler
+"""
+
+
+@pytest.fixture
+def fakeroast(tmp_path, monkeypatch):
+    """``fakeroast(source)``: a folder that holds ``source`` under the name of the authors' module, and an mmh3."""
+
+    def write(source=STAND_IN):
+        folder = tmp_path / "peer"
+        folder.mkdir()
+        (folder / "FakeRoastUtil_v2.py").write_text(source)
+        (folder / "mmh3.py").write_text("")
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.delitem(sys.modules, "FakeRoastUtil_v2", raising=False)
+        return str(folder)
+
+    return write
+
+
+def rows_of(work, subjects, settings=SETTINGS, model="tiny"):
+    return list(measure(Job(work, model, subjects), settings))
+
+
+def timed_row(form="views", ratio=0.1, time_ratio=0.5, **changes):
+    """A finished row as `measure` gives it."""
+    row = {
+        "work": "stack", "model": "bert", "form": form, "ratio": ratio, "case": "forward, 8 tokens",
+        "direction": "forward", "tokens": 8, "batch": 1, "pixels": None, "n": 1000, "m": 100, "time_ratio": time_ratio,
+        "time_ratio_low": time_ratio - 0.1, "time_ratio_high": time_ratio + 0.1, "milliseconds": 4.0,
+        "dense_milliseconds": 8.0, "memory_ratio": 0.25, "peak_mib": 100, "dense_peak_mib": 400, "threads": 2,
+        "device": "a CPU", "dtype": "float32", "part": 1.0, "torch": "2.13", "command": "python scripts/bench.py",
+    }  # fmt: skip
+    return row | changes
+
+
+# ---- every work and form
+
+
+@pytest.mark.parametrize(
+    ("work", "subjects", "cases"),
+    [
+        ("stack", OURS, ["forward, 1 token", "forward + backward, 1 token"]),
+        ("step", OURS, ["AdamW step, 4 tokens"]),
+        ("prefill", OURS[:1], ["prefill, 8 tokens"]),
+        ("decode", OURS[:1], ["decode, 1 token", "decode, 1 token, batch 2"]),
+        ("save", OURS[:1], ["save_pretrained"]),
+        ("load", OURS[:1], ["from_pretrained"]),
+        ("convolution", OURS[:1], ["forward, batch 8, 64 x 64 pixels"]),
+        ("adapter", ADAPTERS, ["fine-tuning step, 4 tokens"]),
+    ],
+)
+def test_timed_works(work, subjects, cases):
+    rows = rows_of(work, subjects)
+    assert not [row["error"] for row in rows if "error" in row]
+    for row in rows:
+        assert row.keys() >= FIELDS | TIMES
+        assert row["time_ratio_low"] == row["time_ratio"] == row["time_ratio_high"] > 0  # one round
+        assert row["m"] <= row["n"]
+    for subject in subjects:
+        found = [row["case"] for row in rows if (row["form"], row["ratio"]) == (subject.form, subject.ratio)]
+        assert set(cases) <= set(found)
+    if work in ("save", "load"):
+        assert 0 < rows[0]["file_ratio"] < 0.5
+
+
+def test_memory_is_counted():
+    dense, *others = rows_of("memory", OURS)
+    assert dense["targets_ratio"] == pytest.approx(1, abs=1e-3)  # and AdamW's counters of steps
+    assert dense["memory_ratio"] == 1
+    assert dense["n"] == dense["m"]
+    for row in (dense, *others):
+        assert row.keys() >= FIELDS
+        assert row["predicted_mib"] == pytest.approx(row["state_mib"] + row["saved_mib"])
+        assert row["measured_mib"] == pytest.approx(row["predicted_mib"] + row["transients_mib"])
+        assert row["saved_mib"] > 0
+    views, gather, cat = others
+    assert 0.1 < views["targets_ratio"] == pytest.approx(cat["targets_ratio"], rel=0.1)
+    assert gather["targets_ratio"] > 0.75 + 0.1  # 8 bytes of index and 4 of factor, over 16, and the array's
+    assert views["targets_ratio"] < 0.5
+
+
+def test_reduced_bytes_are_those_of_the_parameters():
+    dense, views = rows_of("reduced", OURS[:1])
+    parameters = sum(p.numel() for p in make("reduced", "tiny", SETTINGS).parameters())
+    assert dense["reduced_mib"] == pytest.approx(4 * parameters / 2**20)
+    assert views["reduced_mib"] == pytest.approx(4 * (parameters - views["n"] + views["m"]) / 2**20)
+    assert views["reduced_ratio"] == pytest.approx(views["reduced_mib"] / dense["reduced_mib"])
+
+
+@pytest.mark.slow
+def test_compiled():
+    (row,) = rows_of("compiled", OURS[:1])
+    assert row.keys() >= FIELDS | TIMES
+
+
+def test_part_shortens_the_large_llama():
+    half = make("stack", "llama-1b", Settings(part=1 / 16))
+    assert len(half.blocks) == 1
+    assert {tuple(m.weight.shape) for m in half.blocks[0].children()} == {
+        (2048, 2048), (512, 2048), (8192, 2048), (2048, 8192),
+    }  # fmt: skip
+
+
+# ---- the authors' code
+
+
+def test_fakeroast_shares_the_layers_that_ours_shares(fakeroast):
+    settings = Settings(**{**SETTINGS.__dict__, "fakeroast": fakeroast()})
+    ours, theirs = (build("step", "tiny", Subject(form, 0.1), settings) for form in ("views", "fakeroast"))
+    assert theirs.n == ours.n == sum(p.numel() for p in theirs.stored if not p.requires_grad) / 2
+    assert theirs.m == int(0.1 * theirs.n)
+    array = theirs.model.roast_array
+    array.grad = array.detach().clone()
+    theirs.after_backward()
+    assert array.grad.equal(array / 2)
+
+
+def test_fakeroast_beside_dense(fakeroast, capfd):
+    settings = Settings(**{**SETTINGS.__dict__, "fakeroast": fakeroast()})
+    for work in ("stack", "step", "memory", "reduced"):
+        row = rows_of(work, (Subject("fakeroast", 0.1),), settings)[-1]
+        assert row["form"] == "fakeroast"
+        assert "error" not in row
+    assert capfd.readouterr().out == ""
+
+
+def test_conv1d_is_replaced_for_the_authors_code(fakeroast, monkeypatch):
+    from benchmark import models
+    from transformers import GPT2Config
+
+    tiny_gpt2 = GPT2Config(
+        n_embd=16, n_layer=1, n_head=2, vocab_size=32, bos_token_id=None, eos_token_id=None, pad_token_id=None
+    )
+    monkeypatch.setattr(models, "language_config", lambda name, part: tiny_gpt2)
+    settings = Settings(fakeroast=fakeroast())
+    built = build("step", "gpt2", Subject("fakeroast", 0.5), settings)
+    kinds = [type(module).__name__ for module in built.model.modules()]
+    assert kinds.count("FakeRoastLinear") == 4
+    assert "Conv1D" not in kinds
+
+
+# ---- failures
+
+
+def test_a_worker_that_dies_is_a_row_and_the_run_goes_on(fakeroast):
+    settings = Settings(**{**SETTINGS.__dict__, "fakeroast": fakeroast("import os; os.kill(os.getpid(), 9)")})
+    rows = rows_of("prefill", (Subject("fakeroast", 0.1), *OURS[:1]), settings)
+    assert [row["form"] for row in rows] == ["fakeroast", "views"]
+    assert rows[0]["error"] == "fakeroast 0.1: the process ended with exit status -9, killed: out of memory?"
+    assert "time_ratio" in rows[1]
+
+
+def test_an_exception_is_a_row(fakeroast):
+    settings = Settings(**{**SETTINGS.__dict__, "fakeroast": fakeroast("raise MemoryError('no more')")})
+    for work in ("prefill", "memory"):
+        row = rows_of(work, (Subject("fakeroast", 0.1),), settings)[-1]
+        assert row["error"] == "fakeroast 0.1: MemoryError: no more"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nothing"], "invalid choice: 'nothing'"),
+        (["--ratios", "0"], "0 is not in (0, 1]"),
+        (["--ratios", "1.5"], "1.5 is not in (0, 1]"),
+        (["--ratios", "tenth"], "invalid float value: 'tenth'"),
+        (["--rounds", "-1"], "-1 is not in (0, ∞]"),
+        (["--seconds", "0"], "0 is not in (0, ∞]"),
+        (["--part", "2"], "2 is not in (0, 1]"),
+        (["--fakeroast", "/nowhere"], "/nowhere has no file FakeRoastUtil_v2.py"),
+        (["--rzlinear", "/nowhere"], "runs on CUDA only; add --device cuda"),
+        (["--only", "adapter", "--models", "gpt2", "--report", "/nowhere"], "--report: [Errno 2] No such file"),
+        (["--only", "stack", "--models", "llama-97m"], "no work asked for knows any of the models"),
+        (["--only", "step", "--forms"], "no work asked for knows any of the models and forms"),
+        (["--output", "/nowhere/rows.jsonl"], "there is no folder /nowhere"),
+    ],
+)
+def test_bad_input_ends_before_anything_starts(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "measure", None)
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_cuda_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench.main(["--device", "cuda"])
+    assert "finds no CUDA device" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(fakeroast, capsys, monkeypatch):
+    folder = fakeroast()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        bench.main(["--fakeroast", folder])
+    assert "pip install mmh3" in capsys.readouterr().err
+
+
+# ---- the command line and the report
+
+
+def test_command_line(tmp_path, capsys):
+    """Rows are appended as they come, printed as progress, and reported; the command has no path of the machine."""
+    file = tmp_path / "rows.jsonl"
+    arguments = ["--only", "prefill", "--models", "tiny", "--ratios", "0.1", "--rounds", "2", "--seconds", "0.001",
+                 "--threads", "1", "--prompt", "8", "--output", str(file)]  # fmt: skip
+    bench.main(arguments)
+    bench.main(arguments)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 2
+    assert all(row["command"].endswith("--prompt 8 --output PATH") for row in rows)
+    output, errors = capsys.readouterr()
+    assert "prefill tiny, prefill, 8 tokens, views 0.1: time" in errors
+    assert f"{rows[-1]['time_ratio']:.2f} (" in output
+    bench.main(["--report", str(file), "--plots", str(tmp_path)])
+    assert f"{rows[-1]['time_ratio']:.2f} (" in capsys.readouterr().out
+
+
+def test_rows_of_another_kind_are_refused(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"work": "decode", "subject": "dense"}\n')
+    with pytest.raises(SystemExit):
+        bench.main(["--report", str(tmp_path / "rows.jsonl")])
+    assert "is not a row of this benchmark" in capsys.readouterr().err
+
+
+def test_the_command_is_told_without_paths():
+    told = bench.command_line(["--fakeroast", ".", "--ratios", "0.1", "--output=/home/me/rows.jsonl"])
+    assert told == "python scripts/bench.py --fakeroast PATH --ratios 0.1 --output=PATH"
+    assert bench.command_line([]) == "python scripts/bench.py"
+
+
+def test_every_default_fits_its_work():
+    for name, work in WORKS.items():
+        assert set(work.default_models) <= set(work.models)
+        assert subjects_of(name, None, [0.1], [])
+
+
+def test_slow_forms_come_at_one_ratio_unless_asked_for():
+    views, gather = ((Subject(form, 0.1), Subject(form, 0.01)) for form in ("views", "gather"))
+    assert subjects_of("stack", None, [0.1, 0.01], ["fakeroast"]) == (
+        *views[:1], *gather[:1], Subject("cat", 0.1), Subject("fakeroast", 0.1), *views[1:],
+    )  # fmt: skip
+    assert subjects_of("load", ["gather", "cat"], [0.1, 0.01], ["fakeroast"]) == gather
+
+
+def test_cases_say_what_they_are():
+    assert str(Case("decode", 1, 8)) == "decode, 1 token, batch 8"
+    assert str(Case("forward", batch=8, pixels=64)) == "forward, batch 8, 64 x 64 pixels"
+
+
+def test_tables_give_ratios_of_the_latest_rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    for row in (
+        timed_row(time_ratio=0.9),
+        timed_row("gather", error="gather 0.1: killed", case=None),
+        timed_row(time_ratio=0.6),
+        timed_row("gather", time_ratio=3.0),
+        timed_row("cat", error="cat 0.1: killed", case=None),
+    ):
+        report.append(row, file)
+    file.write_text(file.read_text() + '{"work": "cut sho')
+    text = report.tables(report.read([file]))
+    assert "| time / dense (quartiles) | views 0.1 | gather 0.1 | dense, ms |" in text
+    assert "| bert: forward, 8 tokens | 0.60 (0.50 to 0.70) | 3.00 (2.90 to 3.10) | 8.0 |" in text
+    assert "| bert: forward, 8 tokens | 0.25 | 0.25 | 400 |" in text
+    assert "cat 0.1: killed" in text
+    assert "gather 0.1: killed" not in text
+
+
+def test_plots(tmp_path):
+    rows = [timed_row(ratio=ratio, tokens=tokens, case=f"forward, {tokens} tokens", n=n, model=model)
+            for ratio in (0.1, 0.01) for tokens in (1, 8) for n, model in ((1000, "bert"), (9000, "gpt2"))]  # fmt: skip
+    written = report.plots(rows, tmp_path)
+    assert [path.name for path in written] == ["stack-ratio.png", "stack-tokens.png", "stack-size.png"]
+    assert all(path.stat().st_size > 10_000 for path in written)
+    assert report.plots(rows[:1], tmp_path) == []
