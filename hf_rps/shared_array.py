@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_rps.functional import GradientBuffer, fold_back, unfold
+from hf_rps.functional import GradientBuffer
+from hf_rps.kernels import fold_back, unfold
 from hf_rps.mapping import WeightMap
 
 Gated: TypeAlias = tuple[Tensor | tuple[Tensor, ...], GradientBuffer | None]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_rps import kernels
 from hf_rps.functional import dense_weight, indexed_weight, rps_linear, rps_weight
 from hf_rps.shared_array import SharedArray
 
@@ -69,10 +70,19 @@ class SharedWeight:
         """
         if x.dtype != dtype and torch.is_autocast_enabled(x.device.type):
             x = x.to(dtype)
-        if not self.is_view or takes_plain_path():
+        if not self.is_view or (takes_plain_path() and not self._can_trace_views(x)):
             return F.linear(x, self.materialise(x.device, dtype), None if bias is None else bias.to(dtype))
+        if takes_plain_path():
+            psi = self.array.plain(x.device, dtype)
+            return kernels.traced_linear(x, psi, bias, self.factor(x.device, dtype).view(-1), self.layout)
         psi, buffer = self.array.gated(x.device, dtype)
         return rps_linear(x, psi, self.layout, self.factor(x.device, psi.dtype).view(-1), bias, buffer)
+
+    def _can_trace_views(self, x: Tensor) -> bool:
+        """True for inference under a compiler. Gradients through views would each be an array of the size of psi."""
+        return (
+            torch.compiler.is_compiling() and not torch.is_grad_enabled() and not kernels.makes_weight(x, self.layout)
+        )
 
     def factor(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """scale * sign, (out_features, 1) or, with a sign an element, (out_features, in_features).

@@ -8,11 +8,12 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import usual
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from hf_rps import functional, mapping
+from hf_rps import kernels, mapping
 from hf_rps.bank import Bank
 from hf_rps.functional import dense_weight, rps_linear_reference
 from hf_rps.layers import RPSConv, RPSLinear
@@ -97,16 +98,16 @@ class Network(nn.Module):
 
 
 def ways(options):
-    """How the weights of such a network may be read: views of psi, pieced together for a product, made once a pass."""
+    """How the weights of such a network may be read: views of psi, made for a product, made once a pass."""
     if options.get("mapping", "fold") != "fold" or options.get("sign") == "element":
         return ["indexed"]
-    return ["views", "unfolded"] if options["kind"] == "convolution" else ["views", "pieced", "unfolded"]
+    return ["views", "unfolded"] if options["kind"] == "convolution" else ["views", "made", "unfolded"]
 
 
 @pytest.fixture(params=[(kind, way) for kind, options in KINDS.items() for way in ways(options)], ids=", ".join)
 def network(request, monkeypatch):
     kind, way = request.param
-    monkeypatch.setattr(functional, "_is_pieced", lambda x, layout: way == "pieced")
+    monkeypatch.setattr(kernels, "makes_weight", lambda x, layout: way == "made")
     monkeypatch.setattr(mapping, "UNFOLD_UP_TO", 1 << 20 if way == "unfolded" else 0)
     torch.manual_seed(0)
     network = Network(**KINDS[kind])
@@ -418,6 +419,53 @@ def test_compile_whole_graph(backend):
         torch.testing.assert_close(network.bank.psi.grad, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_compiled_inference(monkeypatch, made, bias):
+    """Without gradients a compiler is given the products on views: no weight is made."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(kernels, "makes_weight", lambda x, layout: made)
+    network = Network(dtype=torch.float32, bias=bias, ratio=0.2)
+    x, graphs = inputs(torch.float32).detach(), []
+
+    def backend(graph, examples):
+        graphs.append(graph.code)
+        return graph.forward
+
+    with torch.no_grad():
+        expected = network(x)
+        torch.testing.assert_close(torch.compile(network, backend=backend, fullgraph=True)(x), expected)
+    assert ("linear" in graphs[0]) == made
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("ratio", [0.6, 0.3])
+def test_a_single_token_is_shared_out(monkeypatch, threads, ratio):
+    """With several threads every thread has its own part of a product with one token, and the rest is not lost."""
+    monkeypatch.setattr(kernels, "_SHARE_OUT_FROM", 1)
+    weight_map = WeightMap([Target("a", 40, 24, 0.1), Target("b", 25, 24, 0.1)], ratio=ratio)
+    psi = torch.randn(weight_map.m)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for name, rows in (("a", 40), ("b", 25)):
+            layout, scale, x = weight_map.layout(name), torch.randn(rows), torch.randn(1, 1, 24)
+            found = kernels.linear(x, psi, None, scale, layout)
+            torch.testing.assert_close(found, x @ dense_weight(psi, layout, scale).t())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_made():
+    """A weight in many short runs is made for a product, one in few long ones is not, unless tokens are many."""
+    weight_map = WeightMap([Target("a", 768, 768, 0.1), Target("b", 768, 768, 0.1)], ratio=0.9)
+    many = WeightMap(weight_map.targets, ratio=0.01)
+    x = torch.zeros(64, 768)
+    assert not usual["makes_weight"](x, weight_map.layout("a"))
+    assert usual["makes_weight"](x.expand(64, 64, 768), weight_map.layout("a"))
+    assert usual["makes_weight"](x, many.layout("a"))
+
+
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
 def test_export(kind):
     network = Network(kind, dtype=torch.float32).eval()
@@ -469,7 +517,7 @@ def test_no_dense_tensor_is_made(monkeypatch):
     """Forward and backward of the fast path allocate nothing of the size of a weight."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    targets = [Target("a", 96, 64, 0.1), Target("b", 64, 96, 0.1)]
+    targets = [Target("a", 1536, 512, 0.1), Target("b", 512, 1536, 0.1)]
     bank = Bank(WeightMap(targets, ratio=0.1))
     nn.init.normal_(bank.psi)
     layers = [RPSLinear(t.name, bank, nn.Linear(t.in_features, t.out_features)) for t in targets]
@@ -482,11 +530,11 @@ def test_no_dense_tensor_is_made(monkeypatch):
                 sizes.append(result.untyped_storage().nbytes() // result.element_size())
             return result
 
-    x = torch.randn(2, 64, requires_grad=True)
+    x = torch.randn(2, 512, requires_grad=True)
     with Watch():
         layers[1](torch.relu(layers[0](x))).sum().backward()
     assert bank.psi.grad is not None
-    assert max(sizes) <= bank.weight_map.m < 96 * 64
+    assert max(sizes) <= bank.weight_map.m < 1536 * 512
 
 
 def test_data_parallel_is_refused():
