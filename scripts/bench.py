@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmark import report
+from benchmark import costs, report
 from benchmark.runner import DEFAULT_WORKS, WORKS, Job, measure, subjects
 from benchmark.settings import Settings
 from benchmark.subjects import FORMS, PEERS, missing
@@ -85,6 +85,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--output", type=Path, metavar="FILE", help="append every finished row to FILE, a JSON line each")
     out.add_argument("--report", type=Path, nargs="+", metavar="FILE",
                      help="measure nothing; report the rows of these files, where later replace earlier")  # fmt: skip
+    out.add_argument(
+        "--costs", action="store_true", help="with --report: layer stacks beside the cost model's prediction"
+    )
     out.add_argument("--plots", type=Path, metavar="FOLDER", help="also write plots (PNG) there")
     return result
 
@@ -132,6 +135,8 @@ def main(argv: list[str] | None = None) -> None:
             rows = report.read(arguments.report)
         except (OSError, ValueError) as error:
             cli.error(f"--report: {error}")
+        if arguments.costs:
+            return print(costs.table(report.latest(rows)))
         return show(rows, arguments.plots)
     check(cli, arguments)
     jobs = plan(arguments)

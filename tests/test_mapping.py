@@ -5,8 +5,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
+from hf_rps import RPSConfig
 from hf_rps.mapping import Target, WeightMap, sharing_group
+from hf_rps.targets import find_targets
 
 TARGETS = [
     Target("encoder.layer.0.query", 24, 16, 0.02),
@@ -87,3 +91,37 @@ def test_block_groups():
     assert sharing_group("model.layers.12.mlp.up_proj", "block") == "model.layers.12"
     assert sharing_group("h.3.attn.c_attn", "block") == "h.3"
     assert sharing_group("pooler.dense", "block") == ""
+
+
+REAL = {
+    "bert-base": transformers.BertConfig(),
+    "gpt2": transformers.GPT2Config(),
+    "gpt2-xl": transformers.GPT2Config(n_embd=1600, n_layer=48, n_head=25),
+    "llama-3.2-1b": transformers.LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8
+    ),
+    "qwen2.5-0.5b": transformers.Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2
+    ),
+    "vit-base": transformers.ViTConfig(),
+    "t5-base": transformers.T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12),
+    "whisper-small": transformers.WhisperConfig(d_model=768, encoder_layers=12, decoder_layers=12),
+}
+
+
+@pytest.mark.parametrize("sharing", ["global", "block"])
+@pytest.mark.parametrize("name", list(REAL))
+def test_views_of_real_shapes_start_on_16_bytes_in_bfloat16(name, sharing):
+    """What tensor cores and vectorised loads ask of a matrix: its first row and its row length, multiples of 8."""
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(REAL[name])
+    shapes = {c.name: c.weight.shape for c in find_targets(model, RPSConfig())}
+    targets = [Target(name, *shape, 0.02) for name, shape in shapes.items()]
+    for ratio in (0.5, 0.1, 0.01, 0.001):
+        weight_map = WeightMap(targets, ratio=ratio, sharing=sharing)
+        if weight_map.m < 8 * 4096:  # segments so small that alignment would cost them rotations
+            continue
+        for target in targets:
+            starts = [slot for _, _, slot in weight_map.layout(target.name).blocks]
+            if target.in_features % 8 == 0:
+                assert all(slot % 8 == 0 for slot in starts), (target, ratio)

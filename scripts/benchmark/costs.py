@@ -1,0 +1,163 @@
+"""A cost model of linear layers: operations, bytes and launches become seconds, dense and on views, for any machine.
+
+A layer of R rows, C columns and k runs, on T tokens, in words of w bytes:
+
+    product          max(2 T R C / flops, w R C / bandwidth), the bandwidth being that of where the weights lie: the
+                     cache if the whole shared array fits (or all dense weights do), else memory
+    backward pass    twice the product; the dense weight's gradient is w R C of fresh memory, ours is added to a buffer
+    row scale        a pass over the outputs forward (2 w T R) and one backward (2 w T R): ours only
+    further runs     k - 1 times launches of their own, and x is read and packed once more (2 w T C)
+    made weights     3 passes over W (w R C each) forward, 4 backward, instead of row scale and further runs
+    launches         operations issued one after the other
+    AdamW step       28 bytes a parameter in float32 (read four arrays, write three), and 12 for clipping
+
+Whether a weight is made is asked of the library itself, and k of its map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from benchmark.models import LLAMA_1B_LAYERS, STACKS, Shape
+from hf_rps import RPSConfig, kernels
+from hf_rps.folding import RowLayout
+from hf_rps.mapping import Target
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the model knows of a machine.
+
+    Attributes:
+        word: Bytes a number.
+        flops: Of large matrix products, a second.
+        memory, cache: Bandwidth, bytes a second.
+        one_token: The same of the memory for a library's product with one token, which may be less.
+        cache_size: Bytes that stay in the cache.
+        fresh: Seconds a byte of memory that was not touched before.
+        launch: Seconds an operation, at least.
+        device: "cpu" or "cuda".
+    """
+
+    name: str
+    word: int
+    flops: float
+    memory: float
+    cache: float
+    one_token: float
+    cache_size: float
+    fresh: float
+    launch: float
+    device: str
+
+
+MACHINES = (
+    # two cores with 32 MB of L3, of which about 12 MB stay ours; each number from a measurement of its own
+    Machine("CPU", 4, 195e9, 22e9, 70e9, 12.6e9, 12e6, 0.33e-9, 3e-6, "cpu"),
+    # data sheet (bandwidth, cache) and usual values (launch, reachable product rate); not measured
+    Machine("H200", 2, 700e12, 4.8e12, 10e12, 4.8e12, 50e6, 0.0, 5e-6, "cuda"),
+)
+
+
+class Layer(NamedTuple):
+    rows: int
+    cols: int
+    layout: RowLayout
+
+
+def layers(name: str, ratio: float) -> tuple[list[Layer], int]:
+    """The linear layers of a stack of :mod:`benchmark.models`, and the size m of the array that they share."""
+    shape = STACKS[name]
+    shapes = _block(shape) * (LLAMA_1B_LAYERS if name == "llama-1b" else shape.blocks)
+    targets = [Target(f"layer.{i}", rows, cols, 0.02) for i, (rows, cols) in enumerate(shapes)]
+    weight_map = RPSConfig(ratio=ratio).weight_map(targets)
+    return [Layer(t.out_features, t.in_features, weight_map.layout(t.name)) for t in targets], weight_map.m
+
+
+def _block(shape: Shape) -> list[tuple[int, int]]:
+    hidden = shape.hidden
+    first = [(hidden + 2 * shape.kv, hidden)] if shape.joint else [(hidden, hidden)] + [(shape.kv, hidden)] * 2
+    return [*first, (hidden, hidden), *[(shape.inner, hidden)] * (1 + shape.gated), (hidden, shape.inner)]
+
+
+def _product(layer: Layer, tokens: int, machine: Machine, bandwidth: float) -> float:
+    weights = layer.rows * layer.cols
+    return max(2 * tokens * weights / machine.flops, machine.word * weights / bandwidth)
+
+
+def dense_seconds(stack: list[Layer], tokens: int, machine: Machine, backward: bool) -> float:
+    """Of a pass through dense layers: forward, or forward and backward."""
+    size = machine.word * sum(layer.rows * layer.cols for layer in stack)
+    memory = machine.one_token if tokens == 1 else machine.memory
+    bandwidth = machine.cache if size <= machine.cache_size else memory
+    total = 0.0
+    for layer in stack:
+        total += _product(layer, tokens, machine, bandwidth) + machine.launch
+        if backward:
+            gradient = machine.word * layer.rows * layer.cols
+            total += 2 * _product(layer, tokens, machine, bandwidth) + 3 * machine.launch
+            total += gradient * (1 / machine.memory + machine.fresh)
+    return total
+
+
+def shared_seconds(stack: list[Layer], m: int, tokens: int, machine: Machine, backward: bool) -> float:
+    """The same of layers that share an array of ``m`` numbers."""
+    inside = machine.word * m * (2 if backward else 1) <= machine.cache_size
+    bandwidth = machine.cache if inside else machine.memory
+    total = 0.0
+    for layer in stack:
+        weights, word = layer.rows * layer.cols, machine.word
+        x = torch.empty(tokens, layer.cols, device="meta")
+        further = len(layer.layout.runs) - 1
+        made = _makes_weight(x, layer, machine)
+        passes = 2 if backward else 1
+        total += (3 if backward else 1) * _product(layer, tokens, machine, bandwidth)
+        if made:
+            total += word * weights * (7 if backward else 3) / bandwidth + passes * (3 + further) * machine.launch
+        else:
+            total += passes * 2 * word * tokens * layer.rows / machine.memory
+            total += (3 if backward else 1) * further * (2 * word * tokens * layer.cols / machine.memory)
+            total += passes * (2 + 5 * further) * machine.launch
+        if backward:
+            total += word * weights / bandwidth + 2 * machine.launch
+    return total
+
+
+def _makes_weight(x: torch.Tensor, layer: Layer, machine: Machine) -> bool:
+    """The library's own rule, as on ``machine``; x is on no device, which the library takes for a GPU."""
+    if machine.device == "cpu":
+        x = torch.empty(1).expand(x.shape)
+    return kernels.makes_weight(x, layer.layout)
+
+
+def optimizer_seconds(parameters: int, machine: Machine) -> float:
+    """Of clipping and an AdamW step in float32, all from memory."""
+    return 40 * parameters / machine.memory
+
+
+def predict(name: str, ratio: float, tokens: int, machine: Machine, direction: str) -> float:
+    """Predicted time ratio of ours to dense; direction "forward", "forward + backward" or "training step"."""
+    stack, m = layers(name, ratio)
+    backward = direction != "forward"
+    dense = dense_seconds(stack, tokens, machine, backward)
+    ours = shared_seconds(stack, m, tokens, machine, backward)
+    if direction == "training step":
+        dense += optimizer_seconds(sum(layer.rows * layer.cols for layer in stack), machine)
+        ours += optimizer_seconds(m, machine)
+    return ours / dense
+
+
+def table(rows: list[dict]) -> str:
+    """The measured rows of layer stacks beside the predictions, Markdown; the machine measured on is the first."""
+    lines = ["| stack | ratio | measured | predicted for this CPU | off by | predicted for an H200 |", "|" + "---|" * 6]
+    for row in rows:
+        if row["work"] != "stack" or row["form"] != "views" or row["model"] not in STACKS or row["part"] != 1:
+            continue
+        cpu, gpu = (predict(row["model"], row["ratio"], row["tokens"], m, row["direction"]) for m in MACHINES)
+        off = f"{100 * (cpu / row['time_ratio'] - 1):+.0f} %"
+        work, measured = f"{row['model']}: {row['case']}", row["time_ratio"]
+        lines.append(f"| {work} | {row['ratio']:g} | {measured:.2f} | {cpu:.2f} | {off} | {gpu:.2f} |")
+    return "\n".join(lines)
