@@ -8,7 +8,7 @@ from finetuning import SCRIPTS
 
 sys.path.insert(0, str(SCRIPTS))
 import bench
-from benchmark import report
+from benchmark import costs, report
 from benchmark.models import make
 from benchmark.runner import WORKS, Job, measure
 from benchmark.runner import subjects as subjects_of
@@ -345,3 +345,20 @@ def test_plots(tmp_path):
     assert [path.name for path in written] == ["stack-ratio.png", "stack-tokens.png", "stack-size.png"]
     assert all(path.stat().st_size > 10_000 for path in written)
     assert report.plots(rows[:1], tmp_path) == []
+
+
+def test_cost_model():
+    """Of its own laws, and as a table beside measured rows."""
+    cpu, gpu = costs.MACHINES
+    stack, m = costs.layers("bert", 1.0)
+    assert m == sum(layer.rows * layer.cols for layer in stack) == 12 * 12 * 768**2
+    small = costs.predict("bert", 0.01, 1, cpu, "forward")
+    assert small < costs.predict("bert", 0.1, 1, cpu, "forward") < 1  # bytes decide with one token
+    for machine in (cpu, gpu):
+        step = costs.predict("bert", 0.1, 512, machine, "training step")
+        assert step < costs.predict("bert", 0.1, 512, machine, "forward + backward")
+    row = {"work": "stack", "model": "bert", "form": "views", "ratio": 0.1, "part": 1, "tokens": 512,
+           "direction": "forward", "case": "forward, 512 tokens", "time_ratio": 1.0}  # fmt: skip
+    lines = costs.table([row, row | {"form": "gather"}]).splitlines()
+    assert len(lines) == 3
+    assert lines[2].startswith("| bert: forward, 512 tokens | 0.1 | 1.00 | ")
