@@ -38,7 +38,7 @@ format: setup  ## let the formatter and the linter's safe fixes change files
 demo: setup  ## train a small ViT on real digits, dense and compressed, and compare; about two minutes
 	$(BIN)/python scripts/demo.py
 
-bench: setup  ## time and memory beside the dense model, some ten minutes
+bench: setup  ## time and memory beside the dense model, some 20 minutes
 	$(BIN)/python scripts/bench.py
 
 compare: setup  ## the quick comparison with pruning, smaller models and earlier sharing, under 30 minutes on two cores

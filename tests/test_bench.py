@@ -358,7 +358,7 @@ def test_cost_model():
         step = costs.predict("bert", 0.1, 512, machine, "training step")
         assert step < costs.predict("bert", 0.1, 512, machine, "forward + backward")
     row = {"work": "stack", "model": "bert", "form": "views", "ratio": 0.1, "part": 1, "tokens": 512,
-           "direction": "forward", "case": "forward, 512 tokens", "time_ratio": 1.0}  # fmt: skip
+           "direction": "forward", "case": "forward, 512 tokens", "time_ratio": 1.0, "n": 1 << 26}  # fmt: skip
     lines = costs.table([row, row | {"form": "gather"}]).splitlines()
     assert len(lines) == 3
     assert lines[2].startswith("| bert: forward, 512 tokens | 0.1 | 1.00 | ")
