@@ -342,7 +342,8 @@ def test_plots(tmp_path):
     rows = [timed_row(ratio=ratio, tokens=tokens, case=f"forward, {tokens} tokens", n=n, model=model)
             for ratio in (0.1, 0.01) for tokens in (1, 8) for n, model in ((1000, "bert"), (9000, "gpt2"))]  # fmt: skip
     written = report.plots(rows, tmp_path)
-    assert [path.name for path in written] == ["stack-ratio.png", "stack-tokens.png", "stack-size.png"]
+    models = [f"stack-{model}-{axis}.png" for model in ("bert", "gpt2") for axis in ("ratio", "tokens")]
+    assert [path.name for path in written] == [*models, "stack-size.png"]
     assert all(path.stat().st_size > 10_000 for path in written)
     assert report.plots(rows[:1], tmp_path) == []
 

@@ -140,31 +140,39 @@ _AXES: dict[str, tuple[str, Callable[[dict], float | None]]] = {
 
 
 def plots(rows: Sequence[dict], folder: Path) -> list[Path]:
-    """WORK-ratio.png, WORK-tokens.png and WORK-size.png for every timed work whose rows differ in it; the paths."""
+    """Plots of every timed work whose rows differ in the quantity on the x axis; the paths.
+
+    WORK-MODEL-ratio.png and WORK-MODEL-tokens.png of each model, WORK-size.png of all of them.
+    """
     rows = [row for row in latest(rows) if row.get("time_ratio") is not None]
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for work in dict.fromkeys(row["work"] for row in rows):
-        for axis in _AXES:
-            curves = _curves([row for row in rows if row["work"] == work], axis)
+        ours = [row for row in rows if row["work"] == work]
+        groups = [(f"{work}-{model}", axis, [row for row in ours if row["model"] == model])
+                  for model in dict.fromkeys(row["model"] for row in ours) for axis in ("ratio", "tokens")]  # fmt: skip
+        for name, axis, chosen in [*groups, (work, "size", ours)]:
+            curves = _curves(chosen, axis)
             if curves:
-                written.append(folder / f"{work}-{axis}.png")
-                _plot(curves, f"{work}, beside the dense model", _AXES[axis][0], written[-1])
+                written.append(folder / f"{name}-{axis}.png")
+                _plot(curves, f"{name.replace('-', ', ', 1)}, beside the dense model", _AXES[axis][0], written[-1])
     return written
 
 
 def _curves(rows: Sequence[dict], axis: str) -> dict[str, list[tuple[float, dict]]]:
     """Points (x, row) of rows that differ in nothing but ``axis``, two or more, under a label."""
     curves: dict[str, list[tuple[float, dict]]] = {}
+    machines = {tuple(row[key] for key in _MACHINE) for row in rows}
     for row in rows:
         x = _AXES[axis][1](row)
         if x is None:
             continue
+        machine = f"{row['device']} ({row['threads']} threads, {row['dtype']})" if len(machines) > 1 else None
         fixed = [
-            row["form"] if axis == "ratio" else subject_name(row), None if axis == "size" else _model(row),
-            row["direction"], f"{row['tokens']} tokens" if row["tokens"] and axis != "tokens" else None,
+            row["form"] if axis == "ratio" else subject_name(row), row["direction"],
+            f"{row['tokens']} tokens" if row["tokens"] and axis != "tokens" else None,
             f"batch {row['batch']}" if row["batch"] > 1 else None, f"{row['pixels']} pixels" if row["pixels"] else None,
-            f"{row['device']} ({row['threads']} threads, {row['dtype']})",
+            machine,
         ]  # fmt: skip
         curves.setdefault(", ".join(part for part in fixed if part), []).append((x, row))
     ordered = {label: sorted(points, key=lambda point: point[0]) for label, points in curves.items()}
@@ -177,13 +185,14 @@ def _plot(curves: dict[str, list[tuple[float, dict]]], title: str, label: str, p
 
     figure = Figure(figsize=(14, 5), layout="constrained")
     axes = figure.subplots(1, 2)
-    for name, points in curves.items():
+    for i, (name, points) in enumerate(curves.items()):
         x, rows = zip(*points, strict=True)
+        style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3], "marker": "o", "markersize": 4}
         middle = [row["time_ratio"] for row in rows]
         bars = [[row["time_ratio"] - row["time_ratio_low"] for row in rows],
                 [row["time_ratio_high"] - row["time_ratio"] for row in rows]]  # fmt: skip
-        axes[0].errorbar(x, middle, bars, marker="o", markersize=4, capsize=2, label=name)
-        axes[1].plot(x, [row["memory_ratio"] for row in rows], marker="o", markersize=4)
+        axes[0].errorbar(x, middle, bars, capsize=2, label=name, **style)
+        axes[1].plot(x, [row["memory_ratio"] for row in rows], **style)
     for axis, what in zip(axes, ("time / dense", "memory / dense"), strict=True):
         axis.axhline(1, color="black", linestyle="--", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel=what)
