@@ -67,7 +67,7 @@ def fold_back(gradient: Tensor, folds: tuple[Fold, ...]) -> Tensor:
         twice = part.new_zeros(2 * fold.m)
         for partition, shift in zip(part.split(fold.m), fold.shifts, strict=True):
             twice[shift : shift + len(partition)].add_(partition)
-        totals.append(twice[: fold.m].add_(twice[fold.m :]))
+        totals.append(twice[: fold.m] + twice[fold.m :])
     return totals[0] if len(totals) == 1 else torch.cat(totals)
 
 

@@ -27,6 +27,11 @@ Gated: TypeAlias = tuple[Tensor | tuple[Tensor, ...], GradientBuffer | None]
 _SHORT_PIECE = 4096  # mean piece of Gamma (slots) below which one array of divisors is cheaper than a pass a piece
 
 
+def signed_scale(weight_map: WeightMap, name: str, dtype: torch.dtype) -> Tensor:
+    """Scale times sign of one target: (out_features, 1) or, with a sign an element, (out_features, in_features)."""
+    return torch.from_numpy(weight_map.signs(name)).to(dtype) * weight_map.scale(name)
+
+
 def _storage_uses(tensor: Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
@@ -54,9 +59,7 @@ class _Gate(torch.autograd.Function):
             ctx.bank.recycle(total)
         elif grad is not None:  # from the plain path; the tensor is not ours to write to
             total = grad if total is None else grad + total
-            total = total.to(torch.promote_types(total.dtype, torch.float32))
-            divisor = ctx.bank.divisor(total.device, total.dtype)
-            total = total if divisor is None else total / divisor
+            total = ctx.bank.divided(total.to(torch.promote_types(total.dtype, torch.float32)))
         return (None if total is None else total.to(ctx.dtype)), None, None, None
 
 
@@ -79,10 +82,12 @@ class _UnfoldingGate(torch.autograd.Function):
             ctx.bank.check_reentrant()
         if grad is None:
             return None, None, None
-        weight_map = ctx.bank.weight_map
-        total = fold_back(grad * ctx.bank.flat_factor(grad.device, grad.dtype), weight_map.folds)
-        divisor = ctx.bank.divisor(total.device, total.dtype)
-        return (total if divisor is None else total / divisor).to(ctx.dtype), None, None
+        total = fold_back(grad * ctx.bank.flat_factor(grad.device, grad.dtype), ctx.bank.weight_map.folds)
+        if torch.is_grad_enabled():
+            total = ctx.bank.divided(total)
+        else:
+            ctx.bank.divide_(total)
+        return total.to(ctx.dtype), None, None
 
 
 class _Divide(torch.autograd.Function):
@@ -232,12 +237,10 @@ class SharedArray:
             weight_map = self.weight_map
             with torch.inference_mode(False):  # an inference tensor would break training later
                 factors = [
-                    (torch.from_numpy(weight_map.signs(t.name)).to(dtype) * weight_map.scale(t.name)).expand(
-                        t.out_features, t.in_features
-                    )
-                    for t in weight_map.flat_targets
+                    signed_scale(weight_map, target.name, dtype).expand(-1, target.in_features).flatten()
+                    for target in weight_map.flat_targets
                 ]
-                self._factors[device, dtype] = torch.cat([factor.reshape(-1) for factor in factors]).to(device)
+                self._factors[device, dtype] = torch.cat(factors).to(device)
         return self._factors[device, dtype]
 
     def plain(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -298,6 +301,11 @@ class SharedArray:
             return values.repeat_interleave(torch.tensor(lengths, device=device), output_size=self.weight_map.m)
         gamma = self._gamma if self.grad_scaling == "projection" else self._gamma.sqrt()
         return gamma.masked_fill(gamma == 0, 1.0).to(device, dtype)  # a slot that no weight reads has no gradient
+
+    def divided(self, gradient: Tensor) -> Tensor:
+        """``gradient`` (m,) over the divisor, differentiable."""
+        divisor = self.divisor(gradient.device, gradient.dtype)
+        return gradient if divisor is None else gradient / divisor
 
     @torch.no_grad()
     def divide_(self, gradient: Tensor) -> None:

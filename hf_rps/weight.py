@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_rps import kernels
 from hf_rps.functional import dense_weight, indexed_weight, rps_linear, rps_weight
-from hf_rps.shared_array import SharedArray
+from hf_rps.shared_array import SharedArray, signed_scale
 
 
 def compute_dtype(device: torch.device, default: torch.dtype) -> torch.dtype:
@@ -52,8 +52,7 @@ class SharedWeight:
         # among the weights that the array makes once a pass, if it does
         self._position = weight_map.flat_targets.index(self.target) if weight_map.unfolds else None
         with torch.inference_mode(False):
-            signs = torch.from_numpy(weight_map.signs(name))
-            self._factors = {torch.device("cpu"): signs.to(torch.float32) * weight_map.scale(name)}
+            self._factors = {torch.device("cpu"): signed_scale(weight_map, name, torch.float32)}
             # an index a weight, only for the mappings that have no views
             slots = None if self.layout is not None else torch.from_numpy(weight_map.slots(name))
             self._slots = {} if slots is None else {torch.device("cpu"): slots}
@@ -70,19 +69,18 @@ class SharedWeight:
         """
         if x.dtype != dtype and torch.is_autocast_enabled(x.device.type):
             x = x.to(dtype)
-        if not self.is_view or (takes_plain_path() and not self._can_trace_views(x)):
-            return F.linear(x, self.materialise(x.device, dtype), None if bias is None else bias.to(dtype))
-        if takes_plain_path():
+        if self.is_view and not takes_plain_path():
+            psi, buffer = self.array.gated(x.device, dtype)
+            return rps_linear(x, psi, self.layout, self.factor(x.device, psi.dtype).view(-1), bias, buffer)
+        if self.is_view and self._can_trace_views(x):
             psi = self.array.plain(x.device, dtype)
             return kernels.traced_linear(x, psi, bias, self.factor(x.device, dtype).view(-1), self.layout)
-        psi, buffer = self.array.gated(x.device, dtype)
-        return rps_linear(x, psi, self.layout, self.factor(x.device, psi.dtype).view(-1), bias, buffer)
+        return F.linear(x, self.materialise(x.device, dtype), None if bias is None else bias.to(dtype))
 
     def _can_trace_views(self, x: Tensor) -> bool:
         """True for inference under a compiler. Gradients through views would each be an array of the size of psi."""
-        return (
-            torch.compiler.is_compiling() and not torch.is_grad_enabled() and not kernels.makes_weight(x, self.layout)
-        )
+        inference = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        return inference and not kernels.makes_weight(x, self.layout)
 
     def factor(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """scale * sign, (out_features, 1) or, with a sign an element, (out_features, in_features).

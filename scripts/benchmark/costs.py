@@ -21,10 +21,11 @@ from typing import NamedTuple
 
 import torch
 
-from benchmark.models import LLAMA_1B_LAYERS, STACKS, Shape
+from benchmark.models import STACKS, Stack
 from hf_rps import RPSConfig, kernels
 from hf_rps.folding import RowLayout
 from hf_rps.mapping import UNFOLD_UP_TO, Target
+from hf_rps.targets import find_targets
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,11 @@ class Layer(NamedTuple):
 
 def layers(name: str, ratio: float) -> tuple[list[Layer], int]:
     """The linear layers of a stack of :mod:`benchmark.models`, and the size m of the array that they share."""
-    shape = STACKS[name]
-    shapes = _block(shape) * (LLAMA_1B_LAYERS if name == "llama-1b" else shape.blocks)
-    targets = [Target(f"layer.{i}", rows, cols, 0.02) for i, (rows, cols) in enumerate(shapes)]
+    with torch.device("meta"):
+        found = find_targets(Stack(STACKS[name]), RPSConfig())
+    targets = [Target(candidate.name, *candidate.weight.shape, 0.02) for candidate in found]
     weight_map = RPSConfig(ratio=ratio).weight_map(targets)
     return [Layer(t.out_features, t.in_features, weight_map.layout(t.name)) for t in targets], weight_map.m
-
-
-def _block(shape: Shape) -> list[tuple[int, int]]:
-    hidden = shape.hidden
-    first = [(hidden + 2 * shape.kv, hidden)] if shape.joint else [(hidden, hidden)] + [(shape.kv, hidden)] * 2
-    return [*first, (hidden, hidden), *[(shape.inner, hidden)] * (1 + shape.gated), (hidden, shape.inner)]
 
 
 def _product(layer: Layer, tokens: int, machine: Machine, bandwidth: float) -> float:
@@ -111,9 +106,10 @@ def shared_seconds(stack: list[Layer], m: int, tokens: int, machine: Machine, ba
     total = 0.0
     for layer in stack:
         weights, word = layer.rows * layer.cols, machine.word
-        x = torch.empty(tokens, layer.cols, device="meta")
+        # the library asks where x is; nothing is computed, and what is not on a CPU it takes for a GPU's
+        x = torch.empty(1, device="cpu" if machine.device == "cpu" else "meta").expand(tokens, layer.cols)
         further = len(layer.layout.runs) - 1
-        made = _makes_weight(x, layer, machine)
+        made = kernels.makes_weight(x, layer.layout)
         passes = 2 if backward else 1
         total += (3 if backward else 1) * _product(layer, tokens, machine, bandwidth)
         if made:
@@ -125,13 +121,6 @@ def shared_seconds(stack: list[Layer], m: int, tokens: int, machine: Machine, ba
         if backward:
             total += word * weights / bandwidth + 2 * machine.launch
     return total
-
-
-def _makes_weight(x: torch.Tensor, layer: Layer, machine: Machine) -> bool:
-    """The library's own rule, as on ``machine``; x is on no device, which the library takes for a GPU."""
-    if machine.device == "cpu":
-        x = torch.empty(1).expand(x.shape)
-    return kernels.makes_weight(x, layer.layout)
 
 
 def optimizer_seconds(parameters: int, machine: Machine) -> float:
