@@ -1,0 +1,225 @@
+"""What only a GPU can show: the same numbers as on the CPU, in every precision, compiled, captured and reloaded.
+
+HF_RPS_TEST_DEVICE=cpu runs those that a CPU can run there, to see that the tests themselves are sound.
+"""
+
+import copy
+import os
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from hf_rps import RPSConfig, get_rps_model, size_report, to_dense
+
+DEVICE = os.environ.get("HF_RPS_TEST_DEVICE", "cuda")
+pytestmark = pytest.mark.gpu
+only_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs CUDA itself")
+
+CONFIGS = {
+    "gpt2": GPT2Config(
+        n_embd=128, n_layer=2, n_head=4, vocab_size=256, n_positions=128, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        bos_token_id=1, eos_token_id=1,
+    ),
+    "llama": LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=256, max_position_embeddings=128, pad_token_id=0,
+    ),
+}  # fmt: skip
+RATIOS = [1.0, 0.5, 0.1, 0.01]
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Float32 products in float32, as on the CPU."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def ids(batch=2, tokens=24):
+    return (torch.arange(batch * tokens) * 7 % 251).view(batch, tokens)
+
+
+def model_of(kind="llama", dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=dtype)
+    return get_rps_model(model, RPSConfig(**({"ratio": 0.1} | options)))
+
+
+def loss_and_gradients(model, device, **forward):
+    model = copy.deepcopy(model).to(device)
+    loss = model(input_ids=ids().to(device), labels=ids().to(device), **forward).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_float32_equals_the_cpu(kind, ratio):
+    model = model_of(kind, ratio=ratio)
+    loss, gradients = loss_and_gradients(model, DEVICE)
+    expected_loss, expected = loss_and_gradients(model, "cpu")
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert distance(gradient, expected[name]) < 1e-3, name
+
+
+@pytest.mark.parametrize("options", [
+    {"mapping": "hash", "sign": "element"}, {"mapping": "roast"}, {"sharing": "block"}, {"sharing": "module"},
+    {"sign": "none", "grad_scaling": "none"}, {"grad_scaling": "norm"},
+])  # fmt: skip
+def test_every_map_equals_the_cpu(options):
+    model = model_of(**options)
+    _, gradients = loss_and_gradients(model, DEVICE)
+    _, expected = loss_and_gradients(model, "cpu")
+    assert all(distance(gradients[name], expected[name]) < 1e-3 for name in expected)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_bfloat16_is_as_close_as_the_dense_model(kind, ratio):
+    """The error of the compressed model in bfloat16 against its float32 self, beside the dense model's."""
+    model = model_of(kind, ratio=ratio)
+    dense = to_dense(copy.deepcopy(model))
+    batch = ids().to(DEVICE)
+
+    @torch.no_grad()
+    def error(model):
+        exact, rounded = copy.deepcopy(model).to(DEVICE), copy.deepcopy(model).to(DEVICE, torch.bfloat16)
+        return distance(rounded(batch).logits.float(), exact(batch).logits)
+
+    assert error(model) < 2 * error(dense) + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_with_a_gradient_scaler(dtype):
+    model = model_of().to(DEVICE)
+    scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        with torch.autocast(DEVICE, dtype):
+            loss = model(input_ids=ids().to(DEVICE), labels=ids().to(DEVICE)).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert model.model.rps.psi.dtype == torch.float32
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    plain = model_of()
+    _, expected = loss_and_gradients(plain, DEVICE)
+    model = model_of().train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    _, gradients = loss_and_gradients(model, DEVICE, use_cache=False)
+    assert all(distance(gradients[name], expected[name]) < 1e-4 for name in expected)
+
+
+def test_checkpointing_of_a_layer_by_hand():
+    model = model_of().to(DEVICE)
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(3, 256, device=DEVICE, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    (gradient,) = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), x)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("mode", ["delta", "replace"])
+def test_adapters_equal_the_cpu(mode):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    config = RPSConfig(ratio=0.05, mode=mode, init_weights=mode == "replace", grad_scaling="norm")
+    model = get_peft_model(model, config)
+    loss, gradients = loss_and_gradients(model, DEVICE)
+    expected_loss, expected = loss_and_gradients(model, "cpu")
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    assert all(distance(gradients[name], expected[name]) < 1e-3 for name in expected)
+    merged = copy.deepcopy(model).to(DEVICE).merge_and_unload()
+    with torch.no_grad():
+        expected = model.to(DEVICE)(input_ids=ids().to(DEVICE)).logits
+        torch.testing.assert_close(merged(ids().to(DEVICE)).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.01])
+def test_compiled_inference_and_training(ratio):
+    model = model_of(ratio=ratio).to(DEVICE)
+    batch = ids().to(DEVICE)
+    compiled = torch.compile(model)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(batch).logits, model(batch).logits, rtol=1e-3, atol=1e-3)
+    model(input_ids=batch, labels=batch).loss.backward()
+    expected = model.model.rps.psi.grad.clone()
+    model.zero_grad()
+    compiled(input_ids=batch, labels=batch).loss.backward()
+    assert distance(model.model.rps.psi.grad, expected) < 1e-3
+
+
+@only_cuda
+@pytest.mark.parametrize("ratio", [0.1, 0.01])
+@torch.no_grad()
+def test_a_pass_can_be_captured(ratio):
+    """Inference in a CUDA graph: nothing in a pass waits for the device, and addresses stay."""
+    model = model_of(ratio=ratio).to(DEVICE).eval()
+    batch = ids().to(DEVICE)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(batch, use_cache=False)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = model(batch, use_cache=False).logits
+    batch.copy_((ids() + 3) % 251)
+    graph.replay()
+    torch.testing.assert_close(captured, model(batch, use_cache=False).logits)
+
+
+@only_cuda
+def test_a_step_waits_for_nothing():
+    """No synchronisation in forward and backward pass: the CPU runs ahead of the GPU."""
+    model = model_of().to(DEVICE)
+    x = torch.randn(32, 256, device=DEVICE, requires_grad=True)
+    layer = model.model.layers[0].mlp.up_proj
+    layer(x).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_reload_is_bit_equal(tmp_path, dtype):
+    model = model_of(dtype=dtype).to(DEVICE).eval()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, device_map=DEVICE).eval()
+    assert size_report(again) == size_report(model)
+    torch.testing.assert_close(again(ids().to(DEVICE)).logits, model(ids().to(DEVICE)).logits, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_generate():
+    model = model_of().to(DEVICE).eval()
+    dense = to_dense(copy.deepcopy(model))
+    prompt = ids(1, 8).to(DEVICE)
+    arguments = {"max_new_tokens": 16, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    assert torch.equal(model.generate(prompt, **arguments), dense.generate(prompt, **arguments))
