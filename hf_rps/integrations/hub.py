@@ -20,7 +20,6 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from hf_rps.config import RPSConfig
 from hf_rps.integrations.model_card import (
     GENERATED,
     REPOSITORY,
@@ -32,9 +31,10 @@ from hf_rps.integrations.model_card import (
     write_model_card,
 )
 from hf_rps.integrations.peft.card import write_card
-from hf_rps.integrations.quantization_config import RPSQuantizationConfig
-from hf_rps.integrations.weights_files import check_files
-from hf_rps.mapping import Target
+from hf_rps.integrations.peft.config import RPSConfig
+from hf_rps.integrations.transformers.quantization_config import RPSQuantizationConfig
+from hf_rps.integrations.transformers.weights_files import check_files
+from hf_rps.mappings.base import Target
 from hf_rps.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hf_rps.convert import BANK_NAME
-from hf_rps.integrations.quantization_config import RPSQuantizationConfig
+from hf_rps.integrations.transformers.quantization_config import RPSQuantizationConfig
+from hf_rps.names import BANK_NAME, is_psi_key
 
 
 def count_saved(model: nn.Module, state: dict[str, Tensor]) -> int:
@@ -88,7 +88,7 @@ def check_files(files: list[str], config: RPSQuantizationConfig) -> None:
         try:
             with safe_open(file, framework="pt") as reader:
                 metadata, keys = reader.metadata() or {}, list(reader.keys())
-                arrays |= {key: tuple(reader.get_slice(key).get_shape()) for key in keys if _is_psi(key)}
+                arrays |= {key: tuple(reader.get_slice(key).get_shape()) for key in keys if is_psi_key(key)}
         except (SafetensorError, OSError) as error:
             size = os.path.getsize(file) if os.path.exists(file) else 0
             raise ValueError(
@@ -109,7 +109,3 @@ def check_files(files: list[str], config: RPSQuantizationConfig) -> None:
         raise ValueError(f"the checkpoint holds {len(names)} tensors of {expected} in {len(files)} files. {remedy}")
     if list(arrays.values()) != [(config.m,)]:
         raise ValueError(f"the checkpoint needs one {BANK_NAME}.psi of shape {(config.m,)}, but has {arrays}. {remedy}")
-
-
-def _is_psi(key: str) -> bool:
-    return f".{key}".endswith(f".{BANK_NAME}.psi")

@@ -3,46 +3,48 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_rps.config import RPSConfig
-from hf_rps.mapping import Target, WeightMap
+from hf_rps.config import RPSSettings
+from hf_rps.integrations.peft.config import RPSConfig
+from hf_rps.mappings.base import Target
+from hf_rps.mappings.weight_map import WeightMap
 
 FORMAT_VERSION = 2  # 1 left the default of init_std to be computed again, by another law
-_ADAPTER_FIELDS = ("mode", "bias", "modules", "fingerprint")
-# RPSConfig's own fields, not those it inherits from PeftConfig or those that only adapters have
-_RPS_FIELDS = tuple(name for name in RPSConfig.__annotations__ if name not in _ADAPTER_FIELDS)
+_ADAPTER_FIELDS = ("mode", "bias")  # those that only adapters have
+_RPS_FIELDS = tuple(field.name for field in fields(RPSSettings) if field.name not in _ADAPTER_FIELDS)
 
 
 class RPSQuantizationConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a compressed checkpoint: an :class:`RPSConfig` and the map made with it.
 
     Args:
-        config: The RPSConfig, or None to take its fields from ``fields`` (as read from config.json).
-        fields: Fields of RPSConfig and, in a checkpoint: ``format_version``, ``n``, ``m``, ``fingerprint``,
+        config: The RPSConfig, or None to take its fields from ``settings`` (as read from config.json).
+        settings: Fields of RPSConfig and, in a checkpoint: ``format_version``, ``n``, ``m``, ``fingerprint``,
             ``save_id``, ``modules`` (["NAME ROWSxCOLS std STD", ...], in map order) and ``unused_modules`` (targets
             that the saved model class does not have, such as the pooler of a masked language model).
     """
 
-    def __init__(self, config: RPSConfig | None = None, quant_method: str = "rps", **fields):
+    def __init__(self, config: RPSSettings | None = None, quant_method: str = "rps", **settings):
         self.quant_method = quant_method
-        self.format_version = fields.pop("format_version", FORMAT_VERSION)
+        self.format_version = settings.pop("format_version", FORMAT_VERSION)
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"this checkpoint has RPS format_version={self.format_version!r}, and this hf_rps reads "
                 f"{FORMAT_VERSION}; install the version of hf_rps that wrote it"
             )
-        self.n: int | None = fields.pop("n", None)
-        self.m: int | None = fields.pop("m", None)
-        self.fingerprint: str | None = fields.pop("fingerprint", None)
-        self.save_id: str | None = fields.pop("save_id", None)
-        self.modules: list[str] | None = fields.pop("modules", None)
-        self.unused_modules: list[str] = fields.pop("unused_modules", None) or []
-        unknown = sorted(set(fields) - set(_RPS_FIELDS))
+        self.n: int | None = settings.pop("n", None)
+        self.m: int | None = settings.pop("m", None)
+        self.fingerprint: str | None = settings.pop("fingerprint", None)
+        self.save_id: str | None = settings.pop("save_id", None)
+        self.modules: list[str] | None = settings.pop("modules", None)
+        self.unused_modules: list[str] = settings.pop("unused_modules", None) or []
+        unknown = sorted(set(settings) - set(_RPS_FIELDS))
         if unknown:
             raise ValueError(f"quantization_config has unknown fields {unknown}; known are {list(_RPS_FIELDS)}")
-        self.rps = copy.deepcopy(config) if config is not None else RPSConfig(**fields)
+        self.rps = copy.deepcopy(config) if config is not None else RPSConfig(**settings)
 
     def to_dict(self) -> dict:
         checkpoint = {k: v for k, v in self.__dict__.items() if k not in ("rps", "modules") and v not in (None, [])}

@@ -11,19 +11,17 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from hf_rps.bank import Bank
-from hf_rps.config import RPSConfig
-from hf_rps.convert import BANK_NAME, convert, find_bank, install, module_name, shared_layer, to_dense
-from hf_rps.integrations.model_card import TAGS
-from hf_rps.integrations.quantization_config import FORMAT_VERSION, RPSQuantizationConfig
-from hf_rps.integrations.weights_files import (
+from hf_rps.config import RPSSettings
+from hf_rps.conversion import convert, find_bank, install, revert, shared_layer
+from hf_rps.integrations.transformers.marks import is_transformers_model, mark, unmark
+from hf_rps.integrations.transformers.quantization_config import FORMAT_VERSION, RPSQuantizationConfig
+from hf_rps.integrations.transformers.weights_files import (
     check_files,
     check_gathered,
     content_id,
@@ -31,9 +29,12 @@ from hf_rps.integrations.weights_files import (
     drop_tied,
     whole_state,
 )
-from hf_rps.layers import RPSLayer
-from hf_rps.mapping import WeightMap
-from hf_rps.targets import Candidate, Conv1D, base_prefix, is_convolution
+from hf_rps.layers.base import RPSLayer
+from hf_rps.layers.kinds import Candidate, kind_of
+from hf_rps.mappings.base import Target
+from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.names import bank_prefix, base_prefix, module_name, psi_key
+from hf_rps.psi.bank import Bank
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class RPSQuantizer(HfQuantizer):
     """Loads and saves compressed models inside transformers' from_pretrained and save_pretrained."""
 
     def __init__(self, quantization_config, **kwargs):
-        if isinstance(quantization_config, RPSConfig):  # from_pretrained(..., quantization_config=RPSConfig(...))
+        if isinstance(quantization_config, RPSSettings):  # from_pretrained(..., quantization_config=RPSConfig(...))
             quantization_config = RPSQuantizationConfig(quantization_config)
         super().__init__(quantization_config, **kwargs)
 
@@ -99,35 +100,26 @@ class RPSQuantizer(HfQuantizer):
             module = found[target.name]
             if module is None:
                 continue
-            candidate = Candidate(module_name(target.name, prefix), module, isinstance(module, Conv1D))
-            weight = getattr(module, "weight", None)
-            is_matrix = isinstance(weight, nn.Parameter) and (weight.ndim == 2 or is_convolution(module))
-            shape = tuple(candidate.weight.shape) if is_matrix else None
-            if shape != (target.out_features, target.in_features):
-                raise ValueError(
-                    f"the checkpoint's shared weight {target.name!r} has shape "
-                    f"{(target.out_features, target.in_features)}, but in {type(model).__name__} it is "
-                    f"{shape or type(module).__name__}. Leave the sizes in config.json as they were"
-                )
+            candidate = _candidate(model, module_name(target.name, prefix), module, target)
             layers[candidate.name] = shared_layer(target.name, bank, candidate)
         return layers
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
             model.is_quantized = False
-            convert(model, self.quantization_config.rps)
+            compress(model, self.quantization_config.rps)
             return
         bank = find_bank(model)
         offloaded = bank.psi.is_meta and getattr(bank, "_hf_hook", None) is not None
         if not offloaded:
             if not getattr(bank.psi, "_is_hf_initialized", False):
                 raise ValueError(
-                    f"the checkpoint has no shared array {bank_prefix(model)}.psi of {bank.weight_map.m} numbers: it "
+                    f"the checkpoint has no shared array {psi_key(model)} of {bank.weight_map.m} numbers: it "
                     f"is incomplete, or belongs to another model"
                 )
             if not torch.isfinite(bank.psi).all():
                 raise ValueError(
-                    f"the shared array {bank_prefix(model)}.psi of the checkpoint holds values that are not finite; "
+                    f"the shared array {psi_key(model)} of the checkpoint holds values that are not finite; "
                     f"training diverged or the file is damaged. Load an earlier checkpoint"
                 )
         for module in model.modules():  # transformers initialises layers only by class
@@ -135,7 +127,7 @@ class RPSQuantizer(HfQuantizer):
             if bias is not None and not bias.is_meta and not getattr(bias, "_is_hf_initialized", False):
                 nn.init.zeros_(bias)
         _align(model)
-        mark_compressed(model, self.quantization_config, bank)
+        mark(model, RPSQuantizer(self.quantization_config, pre_quantized=True), bank)
 
     def get_state_dict_and_metadata(self, model):
         """What save_pretrained writes: all parameters, the sentinel, and in the files' metadata what they belong to."""
@@ -147,7 +139,7 @@ class RPSQuantizer(HfQuantizer):
         if not is_main_process:
             return state, {}
         if given is not None and not getattr(model, "_hf_peft_config_loaded", False):
-            check_gathered(state, f"{bank_prefix(model)}.psi", (bank.weight_map.m,))
+            check_gathered(state, psi_key(model), (bank.weight_map.m,))
         drop_tied(model, state)
         config = self.quantization_config
         config.save_id = content_id(state)
@@ -162,7 +154,8 @@ class RPSQuantizer(HfQuantizer):
         }
 
     def _dequantize(self, model, dtype=None):
-        return to_dense(model)
+        decompress(model)
+        return model
 
 
 def _arguments_of_save_pretrained() -> tuple[bool, dict[str, Tensor] | None]:
@@ -178,61 +171,27 @@ def _arguments_of_save_pretrained() -> tuple[bool, dict[str, Tensor] | None]:
     return frame.f_locals.get("is_main_process", True), frame.f_locals.get("state_dict")
 
 
-def _keep_state(model: nn.Module, state: dict[str, Tensor], *args, **kwargs) -> dict[str, Tensor]:
-    """In the place of a sharded model's own gathering, which would lose the sentinel: the quantizer has gathered."""
-    return state
-
-
-def bank_prefix(model: nn.Module) -> str:
-    """State-dict prefix of the bank, without a trailing dot."""
-    return base_prefix(model) + BANK_NAME
+def _candidate(model: nn.Module, name: str, module: nn.Module, target: Target) -> Candidate:
+    """The weight of ``module``, which the checkpoint records as ``target``."""
+    kind = kind_of(module)
+    weight = None if kind is None else module._parameters.get(kind.parameter)
+    candidate = None if weight is None else Candidate(name, module, kind, kind.parameter)
+    shape = None if candidate is None else tuple(candidate.weight.shape)
+    if shape != (target.out_features, target.in_features):
+        raise ValueError(
+            f"the checkpoint's shared weight {target.name!r} has shape {(target.out_features, target.in_features)}, but "
+            f"in {type(model).__name__} it is {shape or type(module).__name__}. Leave the sizes in config.json as they "
+            f"were"
+        )
+    return candidate
 
 
 def sentinel_key(model: nn.Module) -> str:
     """Name of the empty tensor that stands in the file for one shared weight: a reader that does not know RPS finds a
     size mismatch there, instead of initialising a dense weight silently. See WeightMap.sentinel_shape."""
     layer = next(module for module in model.modules() if isinstance(module, RPSLayer))
-    return module_name(layer.name, base_prefix(model)) + ".weight"  # by the map: wrappers change the modules' names
-
-
-def mark_compressed(model: nn.Module, config: RPSConfig | RPSQuantizationConfig, bank: Bank) -> None:
-    """Make ``model`` and its base save themselves compactly, and otherwise behave as any trainable model."""
-    if isinstance(config, RPSConfig):
-        config = RPSQuantizationConfig(config)
-    config.record(bank.weight_map)
-    for owner in _owners(model):
-        if "rps_saved_conversions" not in owner.__dict__:
-            owner.rps_saved_conversions = owner.__dict__.get("_weight_conversions", "unset")
-        # names in the file are the module names: reverting them to legacy names would lose tensors in Trainer's resume
-        owner._weight_conversions = []
-        owner.hf_quantizer = RPSQuantizer(config, pre_quantized=True)
-        owner.gather_sharded_state_dict_for_save = _keep_state
-        owner.quantization_method = "rps"
-        owner.is_quantized = False  # nothing that transformers forbids quantized models applies here
-        owner.config.quantization_config = config
-        # transformers writes them into the card of every push, where a reader can see what to import
-        owner.model_tags = [*(tag for tag in owner.model_tags or () if tag not in TAGS), *TAGS]
-
-
-def unmark_compressed(model: nn.Module) -> None:
-    """Undo :func:`mark_compressed`."""
-    for owner in _owners(model):
-        saved = owner.__dict__.pop("rps_saved_conversions", "unset")
-        owner.__dict__.pop("_weight_conversions", None)
-        if saved != "unset":
-            owner._weight_conversions = saved
-        owner.model_tags = [tag for tag in owner.model_tags or () if tag not in TAGS] or None
-        for name in ("hf_quantizer", "gather_sharded_state_dict_for_save", "quantization_method", "is_quantized",
-                     "_keys_to_ignore_on_load_unexpected"):  # fmt: skip
-            owner.__dict__.pop(name, None)
-        for name in ("quantization_config", "_is_quantized"):
-            owner.config.__dict__.pop(name, None)
-
-
-def _owners(model: nn.Module) -> Iterable[nn.Module]:
-    """The model and its base: either may be saved by itself."""
-    base = model.base_model
-    return [model] if base is model or not hasattr(base, "save_pretrained") else [model, base]
+    # by the map: wrappers change the modules' names
+    return f"{module_name(layer.name, base_prefix(model))}.{layer.parameter}"
 
 
 def _target_dtype(model: nn.Module) -> torch.dtype:
@@ -258,6 +217,20 @@ def _place_bank(model: nn.Module, device_map: dict) -> None:
     owners = [key for key in device_map if first.startswith(f"{key}.")]
     if owners:
         device_map[name] = device_map[max(owners, key=len)]
+
+
+def compress(model: nn.Module, settings: RPSSettings) -> None:
+    """Convert ``model`` in place and, if it is one of transformers', let it save itself compactly."""
+    bank = convert(model, settings)
+    if is_transformers_model(model):
+        mark(model, RPSQuantizer(RPSQuantizationConfig(settings), pre_quantized=True), bank)
+
+
+def decompress(model: nn.Module) -> None:
+    """Undo :func:`compress`."""
+    revert(model)
+    if is_transformers_model(model):
+        unmark(model)
 
 
 def register() -> None:
