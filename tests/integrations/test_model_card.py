@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 from huggingface_hub import ModelCard
+from paths import ROOT
 from peft import get_peft_model
 from transformers import (
     AutoModel,
@@ -19,8 +20,6 @@ from transformers import (
 from hf_rps import RPSConfig, get_rps_model, size_report, to_dense
 from hf_rps.integrations import model_card
 from hf_rps.integrations.model_card import REPOSITORY, TAGS, with_note, write_model_card
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
