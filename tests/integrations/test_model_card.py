@@ -220,5 +220,5 @@ def test_a_folder_that_is_no_model_is_refused(folder, tmp_path):
 def test_damaged_weights_are_refused(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         write_model_card(folder)
