@@ -1,7 +1,7 @@
 """Integer hashing: from a seed and a name to row signs, rotations and slots, the same on every platform.
 
 The mapping of a checkpoint is never stored; it is recomputed from the seed. So the hash is fixed here, in plain
-integer arithmetic, and is part of the checkpoint format: golden integers in ``tests/test_hashing.py`` guard it.
+integer arithmetic, and is part of the checkpoint format: golden integers in ``tests/core/test_hashing.py`` guard it.
 
 Names are hashed with BLAKE2b (RFC 7693) and counters with the SplitMix64 finaliser (Steele, Lea and Flood, 'Fast
 splittable pseudorandom number generators', OOPSLA 2014).

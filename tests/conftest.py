@@ -11,6 +11,7 @@ import transformers
 from processes import take_the_way_of_large_models
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
+pytest.register_assert_rewrite("conversion_checks", "model_outputs")
 transformers.utils.logging.disable_progress_bar()
 take_the_way_of_large_models()
 torch.set_num_threads(1)
@@ -50,8 +51,8 @@ def ids():
 
 @pytest.fixture(scope="session")
 def finetune(tmp_path_factory):
-    """``finetune(folder, arguments)``: a run of scripts/finetune.py in a process of its own; see finetuning.py."""
-    from finetuning import Finetune
+    """``finetune(folder, arguments)``: a run of scripts/finetune.py in a process of its own; see finetune_runs.py."""
+    from finetune_runs import Finetune
 
     server = Finetune(tmp_path_factory.mktemp("hf_home"))
     yield server

@@ -1,7 +1,7 @@
-"""push_to_hub: a model, its processing class and its card reach the Hub whole, in one commit, or not at all.
+"""push_to_hub: a model, its processing class and its card reach the Hub in one commit, or not at all.
 
-A reader must import hf_rps, so what differs from transformers' own ``model.push_to_hub`` is the card, whose first lines
-say so. And a push that fails leaves everything in a local folder, and says how to send it again.
+Unlike transformers' own ``model.push_to_hub`` it writes a card that begins by saying that a reader must import hf_rps,
+and a push that fails leaves everything in a local folder and says how to send it again.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ logger = logging.getLogger(__name__)
 
 _DRAFTS = (
     GENERATED,
+    "Written by hf_rps, and anew when other weights are pushed.",  # as earlier versions put it
     "# Model Card for Model ID",
-)  # in cards that nobody has written by hand: ours; PEFT's and the Hub's
+)  # marks of cards that nobody wrote by hand: ours; PEFT's and the Hub's
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
-_LEFT_OUT = re.compile(r"(.*/)?(\.|checkpoint-\d+/)")  # hidden files, and those that Trainer resumes from
+_LEFT_OUT = re.compile(r"(.*/)?(\.|checkpoint-\d+/)")  # hidden files, and the checkpoints that Trainer resumes from
 
 
 def push_to_hub(
@@ -60,20 +61,20 @@ def push_to_hub(
     token: bool | str | None = None,
     folder: str | os.PathLike | None = None,
 ) -> CommitInfo:
-    """Publish a model on the Hub, in one commit: readers see all of it or nothing.
+    """Publish a model on the Hub in one commit: readers see all of it or nothing.
 
-    The card is ``card``, or the README.md that lies in the folder, or one that somebody wrote in the repository, or
-    else one made by :func:`hf_rps.integrations.model_card.write_model_card`. Of a compressed model and of an adapter
-    its first lines say ``import hf_rps``; they are added where they lack.
+    The card is ``card``, or the README.md in the folder, or one that somebody wrote in the repository, or else one made
+    by :func:`hf_rps.integrations.model_card.write_model_card`. The card of a compressed model or an adapter begins by
+    saying ``import hf_rps``; these lines are added where they are missing.
 
     Args:
-        model: A model (compressed or dense), a PEFT model, or the folder that its ``save_pretrained`` wrote. Of a
-            folder everything is sent but hidden files and Trainer's ``checkpoint-N``.
-        repo_id: "user/name", or "name" for one of your own. It is made if it does not exist.
+        model: A model (compressed or dense), a PEFT model, or the folder that its ``save_pretrained`` wrote. From a
+            folder everything is sent except hidden files and Trainer's ``checkpoint-N``.
+        repo_id: "user/name", or "name" for one of your own. It is created if it does not exist.
         processing_class: Tokenizer, image processor or the like, to be saved beside the model.
         card: The card, or its text.
-        private: As in ``huggingface_hub.create_repo``: it counts when the repository is made.
-        revision: The branch, made from main if it does not exist.
+        private: As in ``huggingface_hub.create_repo``: it takes effect when the repository is created.
+        revision: The branch, created from main if it does not exist.
         commit_message: Default: "Upload model with hf_rps".
         create_pr: Open a pull request instead of committing.
         token: As in huggingface_hub: a token, or None for the one you logged in with.
@@ -83,9 +84,9 @@ def push_to_hub(
         The commit.
 
     Raises:
-        TypeError, ValueError: An argument is unfit, or the folder holds no whole model. Nothing was written or sent.
-        RuntimeError: The push failed, for the reason chained to it. The message tells the folder, which is whole, and
-            the line that sends it again. Large files that had arrived are not sent twice.
+        TypeError, ValueError: An argument is invalid or the folder lacks a complete model; nothing was written or sent.
+        RuntimeError: The push failed, for the reason chained to it. The message names the folder, which is complete,
+            and the call that sends it again. Large files that had arrived are not sent twice.
     """
     _check_arguments(model, repo_id, processing_class, card, revision, commit_message, create_pr, folder)
     saved = isinstance(model, (str, os.PathLike))
@@ -124,7 +125,7 @@ def push_to_hub(
         _add_note(local)
         step = f"uploading to {repo_id}"
         operations = [*_additions(local, repo_id), *_deletions(api, repo_id, revision, local)]
-        # not upload_folder, which cuts a long upload into several commits
+        # not upload_folder, which splits a long upload into several commits
         commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
     except BaseException as error:
         told = _advice(step, error, local, repo_id, options, token)
@@ -141,36 +142,36 @@ def _check_arguments(model, repo_id, processing_class, card, revision, commit_me
     saved = isinstance(model, (str, os.PathLike))
     if not saved and not isinstance(model, (PreTrainedModel, PeftModel)):
         raise TypeError(
-            f"model must be a transformers or PEFT model, or the folder it was saved to, got {type(model).__name__}; "
-            f"unwrap it (accelerator.unwrap_model) or save it and give the folder"
+            f"model must be a transformers or PEFT model, or the folder it was saved in, got {type(model).__name__}; "
+            f"unwrap it (accelerator.unwrap_model), or save it and pass the folder"
         )
     if not isinstance(repo_id, str):
         raise TypeError(f"repo_id must be a string such as 'user/name', got {type(repo_id).__name__}: {repo_id!r}")
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"repo_id={repo_id!r} can't be a name on the Hub, such as 'user/name': {error}") from error
+        raise ValueError(f"repo_id={repo_id!r} is not a valid name on the Hub, such as 'user/name': {error}") from error
     if processing_class is not None and not hasattr(processing_class, "save_pretrained"):
         raise TypeError(f"processing_class must have save_pretrained, got {type(processing_class).__name__}")
     if card is not None and not isinstance(card, (ModelCard, str)):
-        raise TypeError(f"card must be a huggingface_hub.ModelCard or a text, got {type(card).__name__}")
+        raise TypeError(f"card must be a huggingface_hub.ModelCard or a string, got {type(card).__name__}")
     for name, value in (("revision", revision), ("commit_message", commit_message)):
         if value is not None and not (isinstance(value, str) and value.strip()):
-            raise ValueError(f"{name} must be a text or None, got {value!r}")
+            raise ValueError(f"{name} must be a non-empty string or None, got {value!r}")
     if create_pr and revision not in (None, "main"):
         raise ValueError(f"a pull request goes to main; leave out revision={revision!r} or create_pr=True")
     if saved:
         if folder is not None:
-            raise ValueError(f"folder={str(folder)!r} is for a model in memory, and model is already a folder: {model}")
+            raise ValueError(f"folder={str(folder)!r} is for a model in memory, but model is already a folder: {model}")
         _check_folder(Path(model).expanduser())
     elif folder is not None:
         _check_target(Path(folder).expanduser())
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise a ValueError unless ``folder`` holds a whole model or adapter."""
+    """Raise a ValueError unless ``folder`` holds a complete model or adapter."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give a model, or the folder that save_pretrained wrote")
+        raise ValueError(f"{folder} is not a folder; pass a model, or the folder that save_pretrained wrote")
     if (folder / "adapter_config.json").is_file():
         if not list(folder.glob("adapter_model.*")):
             raise ValueError(f"{folder} has an adapter_config.json but no adapter_model file; save the adapter again")
@@ -180,19 +181,19 @@ def _check_folder(folder: Path) -> None:
     if missing and (
         len(files) > 1 or is_compressed(config) or not [*folder.glob("*.bin"), *folder.glob("*.safetensors")]
     ):
-        raise ValueError(f"{folder} lacks the weights {missing}; save the model again, or give the right folder")
+        raise ValueError(f"{folder} lacks the weights {missing}; save the model again, or pass the right folder")
     if is_compressed(config):
         check_files(files, RPSQuantizationConfig.from_dict(config["quantization_config"]))
 
 
 def _check_target(folder: Path) -> None:
-    """Raise a ValueError if saving into ``folder`` would mix a model with files that are not one."""
+    """Raise a ValueError if saving into ``folder`` would mix a model with files that belong to none."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder={str(folder)!r} is a file; give a folder to save the model in")
+        raise ValueError(f"folder={str(folder)!r} is a file; pass a folder to save the model in")
     known = ("config.json", "adapter_config.json", "README.md")
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in known):
         raise ValueError(
-            f"folder={str(folder)!r} holds files that are no model's, and all would be published; give a new folder"
+            f"folder={str(folder)!r} holds files that belong to no model, and all would be published; give a new folder"
         )
 
 
@@ -209,7 +210,7 @@ def _is_draft(text: str | None) -> bool:
 
 
 def _make_card(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> None:
-    """Write the README.md of the repository into ``folder`` if somebody wrote it, else a new one."""
+    """Write the repository's README.md into ``folder`` if somebody wrote it by hand, else a new one."""
     try:
         with tempfile.TemporaryDirectory() as cache:
             path = api.hf_hub_download(repo_id, "README.md", revision=revision, local_dir=cache)
@@ -223,7 +224,7 @@ def _make_card(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> 
 
 
 def _add_note(folder: Path) -> None:
-    """Have the first lines of README.md say ``import hf_rps``, where a reader must."""
+    """Make README.md begin by saying ``import hf_rps``, if a reader of the model must do so."""
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         if json.loads(adapter.read_text(encoding="utf-8")).get("peft_type") == "RPS":
@@ -250,7 +251,7 @@ def _additions(folder: Path, repo_id: str) -> list[CommitOperationAdd]:
 
 
 def _deletions(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> list[CommitOperationDelete]:
-    """Weights of an earlier push that the new ones don't overwrite, and that would be read in their place."""
+    """Weights of an earlier push that the new ones don't overwrite and that would be read instead of them."""
     if not (folder / "config.json").is_file():
         return []
     there = api.list_repo_files(repo_id, revision=revision)
@@ -258,12 +259,12 @@ def _deletions(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> 
 
 
 def _advice(step: str, error: BaseException, folder: Path, repo_id: str, options: dict, token) -> str:
-    """What failed, where the model is, and how to try again. A token is not told."""
+    """What failed, where the model is, and how to try again. A token is never in the text."""
     arguments = [repr(str(folder)), repr(repo_id)]
     arguments += [f"{name}={value!r}" for name, value in options.items() if value is not None]
     arguments += ["token=token"] if isinstance(token, str) else [f"token={token}"] if token is not None else []
     cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return (
-        f"{step} failed ({cause}). Nothing was published by halves, and the model is whole in {folder}. To try again: "
+        f"{step} failed ({cause}). Nothing partial was published, and the complete model is in {folder}. To try again: "
         f"hf_rps.push_to_hub({', '.join(arguments)})"
     )

@@ -1,4 +1,4 @@
-"""The model card: what a reader must do first, how small the model is, how good, and how it was made."""
+"""The model card: what a reader must do first, how small and how good the model is, and how it was made."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from hf_rps.version import __version__
 
 TAGS = ("rps", "hf_rps")
 REPOSITORY = "THIS_REPOSITORY"  # stands in snippets for the name that only push_to_hub knows
-GENERATED = "Written by hf_rps, and anew when other weights are pushed. Remove this line to keep the card as it is."
+GENERATED = "Written by hf_rps, and rewritten when new weights are pushed. Remove this line to keep the card as it is."
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _FIRST_LINES = 20
 _NOTE = """\
-**Import `hf_rps` before you load this model**: its weights are shared, and without hf_rps transformers stops at a \
-size mismatch.
+**Import `hf_rps` before you load this model**: its weights are shared, and without hf_rps, transformers stops with a \
+size mismatch error.
 
 ```python
 {snippet}
 ```"""
 
-# Auto class, task of the Hub, table of transformers. The order tells apart classes that stand in several tables.
+# Auto class, the Hub's task, transformers' table. Of a class that stands in several tables the first one counts.
 _TASKS = [
     ("AutoModelForSequenceClassification", "text-classification", "SEQUENCE_CLASSIFICATION"),
     ("AutoModelForTokenClassification", "token-classification", "TOKEN_CLASSIFICATION"),
@@ -55,7 +55,7 @@ _TASKS = [
 
 @dataclass(frozen=True)
 class _Compressed:
-    """What config.json says of a compressed model; ``unused`` of the n weights belong to modules it does not have."""
+    """What config.json says about a compressed model; ``unused`` of the n weights are of modules it does not have."""
 
     architecture: str
     n: int
@@ -79,29 +79,29 @@ def write_model_card(
     language: str | list[str] | None = None,
     license: str | None = None,
 ) -> ModelCard:
-    """Write README.md of a folder that save_pretrained wrote, over any that is there.
+    """Write the README.md of a folder that save_pretrained wrote, replacing any that is there.
 
-    The sizes come from the folder itself. Parts without content are left out.
+    The sizes come from the folder itself. Sections without content are left out.
 
     Args:
-        folder: A compressed or a dense transformers model.
+        folder: Holds a compressed or dense transformers model.
         model_name: Title of the card. Default: the folder's name.
-        task: Task in the Hub's words, such as "text-classification". Default: what the model's class is for.
-        dataset: Name of the data that the metrics were measured on, on the Hub or any other.
-        metrics: Results by name, such as {"test_accuracy": 0.9}. With ``dataset`` they also go to the metadata
-            (``model-index``), if they are finite.
-        base_model: The model it was made from, on the Hub or any other. Of a local path only the last part is told.
+        task: The Hub's name for the task, such as "text-classification". Default: what the model's class is for.
+        dataset: Name of the data on which the metrics were measured, from the Hub or any other.
+        metrics: Results by name, such as {"test_accuracy": 0.9}. With ``dataset``, finite ones also go into the
+            metadata (``model-index``).
+        base_model: The model it was made from, on the Hub or any other. Of a local path only the last part is shown.
         teacher: The model it was distilled from; likewise.
         learning_curve: Name of an image in ``folder``.
         command: The command that made the model.
-        versions: Further packages and their versions, beside those of Python, torch, transformers and hf_rps.
+        versions: Further packages and their versions, besides Python, torch, transformers and hf_rps.
         language, license: For the metadata.
 
     Returns:
         The card, as written.
 
     Raises:
-        ValueError: ``folder`` is no model, or lacks ``learning_curve``.
+        ValueError: ``folder`` holds no model, or lacks ``learning_curve``.
         TypeError: A metric is not a number.
     """
     folder = Path(folder).expanduser()
@@ -112,7 +112,7 @@ def write_model_card(
         raise ValueError(f"learning_curve={learning_curve!r} is not a file in {folder}; save the image there first")
     for name, value in (metrics or {}).items():
         if isinstance(value, str) or not hasattr(value, "__float__"):
-            raise TypeError(f"metrics[{name!r}] must be a number, got {value!r}; leave it out of the card")
+            raise TypeError(f"metrics[{name!r}] must be a number, got {value!r}; leave it out")
     results = {name: float(value) for name, value in (metrics or {}).items()}
     task, title = task or default_task, model_name or folder.resolve().name
     snippet = _snippet(auto_class)
@@ -155,7 +155,7 @@ def read_config(folder: Path) -> dict:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(
-            f"{folder} has no config.json, so it is not a transformers model; give the folder that "
+            f"{folder} has no config.json, so it holds no transformers model; pass the folder that "
             f"model.save_pretrained wrote"
         )
     try:
@@ -165,17 +165,17 @@ def read_config(folder: Path) -> dict:
 
 
 def is_compressed(config: dict) -> bool:
-    """True for the config.json of a model that hf_rps compressed."""
+    """Whether this is the config.json of a model that hf_rps compressed."""
     return (config.get("quantization_config") or {}).get("quant_method") == "rps"
 
 
 def import_note(config: dict) -> str:
-    """The lines about ``import hf_rps`` that a compressed model's card begins with."""
+    """The lines about ``import hf_rps`` with which a compressed model's card begins."""
     return _NOTE.format(snippet="import hf_rps\n" + _snippet(_auto_class(config)[0]))
 
 
 def with_note(text: str, note: str) -> str:
-    """The README ``text`` with ``note`` first after its metadata, unless its first lines say ``import hf_rps``.
+    """The README ``text`` with ``note`` right after its metadata, unless its first lines say ``import hf_rps``.
 
     >>> print(with_note("---\\ntags: [a]\\n---\\n# Title", "import hf_rps first"))
     ---
@@ -210,7 +210,7 @@ def _compressed(config: dict) -> _Compressed | None:
     n, m, modules = (recorded.get(field) for field in ("n", "m", "modules"))
     if not (n and m and modules):
         raise ValueError(
-            "config.json has a quantization_config of method 'rps' without n, m and modules; it was edited, so "
+            "config.json has a quantization_config of method 'rps' without n, m and modules; it was edited: "
             "restore the one that save_pretrained wrote"
         )
     unused = set(recorded.get("unused_modules") or ())
@@ -220,7 +220,7 @@ def _compressed(config: dict) -> _Compressed | None:
 
 
 def _auto_class(config: dict) -> tuple[str, str | None]:
-    """The class that loads the model, and its task if that is known."""
+    """The class that loads the model, and the model's task if it is known."""
     name, kind = (config.get("architectures") or [None])[0], config.get("model_type")
     for auto_class, task, table in _TASKS:
         if name is not None and name == getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES", {}).get(kind):
@@ -234,7 +234,7 @@ def _snippet(auto_class: str) -> str:
 
 
 def _hub_name(name: str | None) -> str | None:
-    """``name`` if it can be one of the Hub; the metadata must not hold others."""
+    """``name`` if it can be a name on the Hub, else None: the metadata may hold no others."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -260,12 +260,12 @@ def _model_index(title: str, task: str | None, dataset: str | None, results: dic
 
 
 def _metric_type(name: str) -> str:
-    """The Hub's word for a metric, which does not say on what part of the data it was measured."""
+    """The Hub's name for a metric, which leaves out the split it was measured on."""
     return re.sub(r"^(train|validation|eval|test)_", "", name)
 
 
 def _sizes(folder: Path, compressed: _Compressed | None) -> list[tuple[str, int, int]]:
-    """Rows of the table of sizes: what is counted, of the dense model, of this one."""
+    """Rows of the table of sizes: what is counted, its number in the dense model, and in this one."""
     rows = [("shared weights", compressed.n, compressed.m)] if compressed else []
     files = [file for file in weights_files(folder) if file.is_file()]
     if not files:
@@ -280,7 +280,7 @@ def _sizes(folder: Path, compressed: _Compressed | None) -> list[tuple[str, int,
                     if f".{key}".endswith(".rps.psi"):
                         width = int(re.search(r"\d+", part.get_dtype())[0]) // 8  # "F32", "BF16": bytes of a number
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is not a whole safetensors file ({error}); save the model again") from error
+            raise ValueError(f"{file} is not a complete safetensors file ({error}); save the model again") from error
     added = compressed.n - compressed.unused - compressed.m if compressed else 0
     return [*rows, ("all numbers", total + added, total), ("bytes of the weights", size + added * width, size)]
 
@@ -298,5 +298,5 @@ def _facts(config: dict, base_model: str | None, teacher: str | None, versions: 
 
 
 def _short(name: str) -> str:
-    """A local path is nobody else's business but for its last part."""
+    """Only the last part of a local path, since a card is public; other names as they are."""
     return Path(name).resolve().name if os.path.exists(name) else name

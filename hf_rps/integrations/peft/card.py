@@ -1,4 +1,4 @@
-"""The model card of a PEFT adapter: its first lines say that a reader must import hf_rps."""
+"""The model card of a PEFT adapter, which begins by saying that a reader must import hf_rps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _CLASSES = {
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
 _NOTE = """\
-This is an adapter of the method RPS (randomized parameter sharing), made with hf_rps {version}.
-**Import `hf_rps` before loading it**; without that PEFT says `KeyError: 'RPS'`.
+This is an RPS adapter (randomized parameter sharing), made with hf_rps {version}.
+**Import `hf_rps` before you load it**; without hf_rps, PEFT raises `KeyError: 'RPS'`.
 
 ```python
 import hf_rps
@@ -28,7 +28,7 @@ from peft import {auto_class}
 model = {auto_class}.from_pretrained("{repository}")
 ```
 
-{kind} {m:,} trained numbers stand for {n:,} weights of {count} modules (ratio {ratio:.3g}).
+{kind} {m:,} trained numbers stand for {n:,} weights in {count} modules (ratio {ratio:.3g}).
 """
 _KINDS = {
     "replace": "The adapter holds the weights of the modules themselves; the base model's are not used.",
@@ -37,7 +37,7 @@ _KINDS = {
 
 
 def write_card(folder: Path, config) -> None:
-    """Put the note at the head of ``folder``/README.md, once; make the file if there is none.
+    """Put the note at the head of ``folder``/README.md, once; create the file if there is none.
 
     Args:
         folder: Where the adapter was saved.

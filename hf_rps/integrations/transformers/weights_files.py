@@ -1,7 +1,7 @@
 """What identifies the weights files of one save, and the check that refuses files that do not belong together.
 
-Every file's metadata names the format version, the map's fingerprint, the save (a digest of all tensors, which
-config.json repeats) and how many tensors the save has. An interrupted save, in a new folder or over an old checkpoint,
+The metadata of every file name the format version, the map's fingerprint, the save (a digest of all tensors, repeated
+in config.json) and the number of tensors in the save. An interrupted save, into a new folder or over an old checkpoint,
 leaves files that disagree with each other, with config.json or with their own headers.
 """
 
@@ -20,19 +20,19 @@ from hf_rps.names import BANK_NAME, is_psi_key
 
 
 def count_saved(model: nn.Module, state: dict[str, Tensor]) -> int:
-    """How many of the tensors save_pretrained will write: all but the ignored ones."""
+    """How many tensors save_pretrained will write: all but the ignored ones."""
     ignored = set(model._keys_to_ignore_on_save or ())
     return len([key for key in state if key not in ignored])
 
 
 def whole_state(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """The state of ``model``; one that is sharded (FSDP2) is gathered in CPU memory, tensor by tensor.
+    """The state of ``model``; a sharded one (FSDP2) is gathered in CPU memory, tensor by tensor.
 
-    Gathering is a collective, for which every process must call. Those that do not ``keep`` the result get nothing.
+    Gathering is a collective, so every process must call this. Those that do not ``keep`` the result get an empty dict.
     """
     state = {}
     for name, tensor in model.state_dict().items():
-        if hasattr(tensor, "full_tensor"):  # a DTensor, whose class a torch without torch.distributed lacks
+        if hasattr(tensor, "full_tensor"):  # a DTensor; torch without torch.distributed lacks the class
             # an offloaded shard must go to the device whose processes can gather it
             tensor = tensor.to(tensor.device_mesh.device_type).full_tensor().cpu()
         if keep:
@@ -41,19 +41,19 @@ def whole_state(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
 
 
 def check_gathered(state: dict[str, Tensor], key: str, shape: tuple[int, ...]) -> None:
-    """Refuse a ``state_dict`` given to save_pretrained that is not the whole state; ``key`` is psi's name in it."""
+    """Refuse a ``state_dict`` for save_pretrained that is not the whole state; ``key`` is psi's name in it."""
     psi = state.get(key)
     if psi is None or hasattr(psi, "full_tensor") or tuple(psi.shape) != shape:
-        found = "none" if psi is None else f"a {type(psi).__name__} of shape {tuple(psi.shape)}"
+        found = "missing" if psi is None else f"a {type(psi).__name__} of shape {tuple(psi.shape)}"
         raise ValueError(
-            f"state_dict must hold the whole shared array {key} of shape {shape}, but of its {len(state)} entries "
-            f"it is {found}. Gather it first (accelerate: accelerator.get_state_dict(model)), or leave state_dict out "
-            f"and call save_pretrained on every process with is_main_process=(rank == 0)"
+            f"state_dict must hold the whole shared array {key} of shape {shape}, but among its {len(state)} "
+            f"entries it is {found}. Gather it first (accelerate: accelerator.get_state_dict(model)), or leave out "
+            f"state_dict and call save_pretrained on every process with is_main_process=(rank == 0)"
         )
 
 
 def drop_tied(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Remove tied copies: transformers knows them by their memory, which copies that were gathered no longer share."""
+    """Remove tied copies: transformers finds them by their memory, which gathered copies no longer share."""
     for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if name in state and source in state:
             copied, kept = state[name], state[source]
@@ -62,7 +62,7 @@ def drop_tied(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def content_id(state: dict[str, Tensor]) -> str:
-    """Digest of all tensors, so that equal models are saved as equal files; random where they are not in memory."""
+    """Digest of all tensors, so that equal models are saved as equal files; random if one is not in memory."""
     digest = hashlib.sha256()
     for name, tensor in state.items():
         if tensor.is_meta:
@@ -75,10 +75,10 @@ def content_id(state: dict[str, Tensor]) -> str:
 
 
 def check_files(files: list[str], config: RPSQuantizationConfig) -> None:
-    """Refuse weights files that are truncated, foreign, incomplete or of another save than config.json.
+    """Refuse weights files that are truncated, foreign, incomplete or from another save than config.json.
 
     Raises:
-        ValueError: With the file, what is wrong with it and what to do.
+        ValueError: Says which file is wrong, what is wrong with it and what to do.
     """
     remedy = "The save was interrupted or files of two saves are mixed; load another checkpoint or save it again"
     names, arrays, expected = set(), {}, None
@@ -96,7 +96,7 @@ def check_files(files: list[str], config: RPSQuantizationConfig) -> None:
             ) from error
         if "rps_fingerprint" not in metadata:
             raise ValueError(
-                f"{file} was not written by hf_rps (it has no rps_fingerprint), but config.json beside it is of a "
+                f"{file} was not written by hf_rps (it has no rps_fingerprint), but config.json beside it belongs to a "
                 f"compressed model. Put the dense checkpoint's own config.json there, or the compressed weights"
             )
         for field in ("format_version", "fingerprint", "save_id"):

@@ -15,11 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from finetuning import DIGITS, ENVIRONMENT, SCRIPTS, SIZES, flags, history, results
+from finetune_runs import DIGITS, ENVIRONMENT, SIZES, flags, history, make_tokenizer, results
+from paths import SCRIPTS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-
-sys.path.insert(0, str(SCRIPTS))
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("evaluate")
@@ -133,16 +132,6 @@ def base(tmp_path_factory) -> dict[str, dict]:
             "max_target_length": 16,
         },
     }  # fmt: skip
-
-
-def make_tokenizer(folder: Path, texts: list[str]) -> None:
-    """A fast tokenizer with BERT's special tokens, trained on ``texts``."""
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertTokenizerFast
-
-    trained = BertWordPieceTokenizer()
-    trained.train_from_iterator(texts, vocab_size=400, show_progress=False)
-    BertTokenizerFast(tokenizer_object=trained._tokenizer, model_max_length=64).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ What autograd does to one such layer among others is in test_layers.py, whose ki
 """
 
 import copy
-import os
 import subprocess
 import sys
 import textwrap
@@ -12,17 +11,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from peft import get_peft_model
-from test_architectures import (
+from conversion_checks import (
     agrees_with_plain_reference,
-    equal,
     exact_at_ratio_one,
-    outputs,
     plain_transformers_refuses,
     saves_and_loads,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_outputs import equal, outputs
+from paths import environment
+from peft import get_peft_model
 from tiny_models import IMAGE, RESNET, VIT, tiny
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -374,7 +373,7 @@ def test_in_a_fresh_process(tmp_path):
         assert torch.equal(model(x).logits, expected), "logits differ"
         assert sum(p.ndim == 4 for p in model.parameters()) == 0, "dense convolutions"
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment(HF_HUB_OFFLINE="1"))
 
 
 def test_wrong_maps_and_shapes_are_refused(tmp_path):

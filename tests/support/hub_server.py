@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 import socket
 import threading
@@ -17,6 +16,8 @@ import urllib.request
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from paths import environment
 
 TOKEN = "hf_test"  # the only one that may write, and read what is private
 REPO = r"(?P<repo>[^/]+/[^/]+?)"
@@ -78,7 +79,7 @@ class HubServer(ThreadingHTTPServer):
     def environment(self, cache: str, token: str | None = TOKEN) -> dict[str, str]:
         """Variables for a client that keeps its cache in the folder ``cache``."""
         wanted = {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
-        kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE")}
+        kept = {k: v for k, v in environment().items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE")}
         return kept | wanted | ({"HF_TOKEN": token} if token else {})
 
     def handle_error(self, request, client_address):

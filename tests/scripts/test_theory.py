@@ -1,16 +1,12 @@
 """scripts/comparison/theory.py: its formulas against plain sums and full enumerations, and against measurements."""
 
-import sys
 from itertools import combinations, permutations, product
 
 import numpy as np
 import pytest
-from finetuning import SCRIPTS
+from comparison import theory
 
 from hf_rps.folding import Fold
-
-sys.path.insert(0, str(SCRIPTS))
-from comparison import theory
 
 
 def pair(n, seed=0):

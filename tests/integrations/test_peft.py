@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import environment
 from peft import (
     LoraConfig,
     PeftModel,
@@ -388,7 +388,7 @@ def test_round_trips_in_a_new_process(tiny, ids, tmp_path):
     """
     child = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script).replace("AS_LARGE\n", AS_LARGE), str(tmp_path)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+        capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"), check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-3000:]
 

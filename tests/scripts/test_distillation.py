@@ -1,15 +1,13 @@
 """Distillation with scripts/finetune.py: the terms of the loss against plain formulas, and whole runs."""
 
 import pydoc_data.topics
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from finetuning import DIGITS, SCRIPTS, history, results
+from finetune_runs import DIGITS, history, results
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, ByT5Tokenizer
 
-sys.path.insert(0, str(SCRIPTS))
 pytest.importorskip("datasets")
 import _objective
 from _arguments import DistillationArguments

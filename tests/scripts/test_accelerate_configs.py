@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -15,8 +14,9 @@ from accelerate.utils.launch import (
     prepare_multi_gpu_env,
     prepare_simple_launcher_cmd_env,
 )
+from paths import SCRIPTS
 
-FOLDER = Path(__file__).parents[1] / "scripts" / "configs" / "accelerate"
+FOLDER = SCRIPTS / "configs" / "accelerate"
 FILES = {
     "cpu": ("NO", 1, "no"),
     "one_gpu": ("NO", 1, "bf16"),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_outputs import close, equal, outputs
 from peft import PeftModel, get_peft_model
-from test_architectures import close, equal, outputs
 from tiny_models import CASES, TinyCase
 from torch import nn
 

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+from paths import environment
+
 ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS),
-    "MPLBACKEND": "Agg",
+    "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
+    "PYTHONPATH": environment()["PYTHONPATH"],
 }  # fmt: skip
 SIZES = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2"
 DIGITS = {
@@ -97,6 +98,16 @@ def history(folder: Path, split: str) -> list[dict]:
     return [row for row in rows if row["split"] == split]
 
 
+def make_tokenizer(folder: Path, texts: list[str]) -> None:
+    """A fast tokenizer with BERT's special tokens, trained on ``texts``."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    trained = BertWordPieceTokenizer()
+    trained.train_from_iterator(texts, vocab_size=400, show_progress=False)
+    BertTokenizerFast(tokenizer_object=trained._tokenizer, model_max_length=64).save_pretrained(folder)
+
+
 class Run:
     """Runs of finetune.py that go on in the background: one, or one of several processes each."""
 
@@ -170,4 +181,4 @@ class Finetune:
         self.process.wait(30)
 
 
-__all__ = ["DIGITS", "ENVIRONMENT", "SCRIPTS", "SIZES", "Finetune", "Run", "flags", "history", "results"]
+__all__ = ["DIGITS", "ENVIRONMENT", "SIZES", "Finetune", "Run", "flags", "history", "make_tokenizer", "results"]

@@ -4,15 +4,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from paths import SCRIPTS
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, ViTForImageClassification
 
 from hf_rps import size_report
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 @pytest.mark.parametrize("mode", ["delta", "replace"])
@@ -52,9 +50,8 @@ def test_trainer(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["RPS", "LoRA", "VeRA", "UniLoRA", "UniLoRA-all"])
-def test_adapters_of_the_comparison_have_equal_budgets(monkeypatch, method):
+def test_adapters_of_the_comparison_have_equal_budgets(method):
     """On an encoder of MiniLM's shape, but one head and small."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     from compare_adapters import adapter_config
     from peft import get_peft_model
     from transformers import BertConfig, BertModel

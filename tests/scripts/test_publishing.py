@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
-from finetuning import DIGITS, ENVIRONMENT, SCRIPTS, flags, results
+from finetune_runs import DIGITS, ENVIRONMENT, flags, results
 from hub_server import Failure, HubServer
 from huggingface_hub import ModelCard
+from paths import SCRIPTS
 from safetensors.torch import load_file
 
 RUN = DIGITS | {
@@ -18,14 +19,13 @@ RUN = DIGITS | {
 }  # fmt: skip
 LOAD = """
 import sys, torch, hf_rps
-sys.path.insert(0, sys.argv[1])
 from _data import load_digits
 from huggingface_hub import hf_hub_download
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 model = AutoModelForImageClassification.from_pretrained("user/digits")
 images = AutoImageProcessor.from_pretrained("user/digits")(load_digits()["test"]["image"][:20], return_tensors="pt")
 with torch.no_grad():
-    torch.save(model(**images).logits, sys.argv[2])
+    torch.save(model(**images).logits, sys.argv[1])
 print(hf_hub_download("user/digits", "README.md"))
 print(hf_hub_download("user/digits", "learning_curve.png"))
 """
@@ -58,7 +58,7 @@ def test_a_run_is_published_and_read_by_name(hub, tmp_path):
     retry = failed.stderr.partition("To try again: ")[2].splitlines()[0]
     again = run(["-c", f"import hf_rps\n{retry}"], tmp_path, hub)
     assert again.returncode == 0, again.stderr[-3000:]
-    loaded = run(["-c", LOAD, SCRIPTS, tmp_path / "logits.pt"], tmp_path, hub)
+    loaded = run(["-c", LOAD, tmp_path / "logits.pt"], tmp_path, hub)
     assert loaded.returncode == 0, loaded.stderr[-3000:]
     logits = load_file(tmp_path / "out" / "logits.safetensors")["logits"]
     assert (torch.load(tmp_path / "logits.pt") - logits).abs().max() < 1e-5

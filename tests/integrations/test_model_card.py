@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import transformers
 from huggingface_hub import ModelCard
+from paths import ROOT
 from peft import get_peft_model
 from transformers import (
     AutoModel,
@@ -19,8 +20,6 @@ from transformers import (
 from hf_rps import RPSConfig, get_rps_model, size_report, to_dense
 from hf_rps.integrations import model_card
 from hf_rps.integrations.model_card import REPOSITORY, TAGS, with_note, write_model_card
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -221,5 +220,5 @@ def test_a_folder_that_is_no_model_is_refused(folder, tmp_path):
 def test_damaged_weights_are_refused(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         write_model_card(folder)

@@ -1,56 +1,23 @@
-"""One check of everything that conversion promises, on tiny models of many architectures (``tiny_models.CASES``).
-
-``python tests/test_architectures.py`` prints the table of architectures; so does the last test.
-"""
+"""What conversion promises of any model, each promise a check that takes the model and a batch."""
 
 from __future__ import annotations
 
 import copy
 import json
-import re
 import struct
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from model_outputs import backward, close, equal, outputs
 from safetensors.torch import load_file
-from tiny_models import CASES, TinyCase
+from tiny_models import TinyCase
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from hf_rps import RPSConfig, get_rps_model, size_report, to_dense
+from hf_rps import RPSConfig, get_rps_model, to_dense
 from hf_rps.convert import find_bank
 from hf_rps.layers import RPSLayer, RPSLinear
-from hf_rps.targets import base_prefix
-
-RATIO = 0.2
-ROWS: dict[str, str] = {}  # lines of the table, by architecture
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_architecture(case: TinyCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Convert, train, densify, save and load one architecture."""
-    dense, batch = case.build(), case.batch()
-    reference = outputs(dense, batch)
-    exact_at_ratio_one(dense, batch, reference)
-    dense_numbers = count(dense.parameters())
-
-    model = get_rps_model(dense, RPSConfig(ratio=RATIO))
-    ROWS[case.name] = row(case, model)
-    only_heads_stay_dense(case, model)
-    weight_map = find_bank(model).weight_map
-    assert abs(weight_map.m - RATIO * weight_map.n) <= 8
-    assert count(model.parameters()) == dense_numbers - weight_map.n + weight_map.m
-    assert dense_numbers == size_report(model).dense_parameters
-    changed = outputs(model, batch)
-    assert max((changed[key] - value).norm() / value.norm() for key, value in reference.items()) > 0.01, (
-        "outputs hardly changed, so this case would not notice a wrong weight"
-    )
-    agrees_with_plain_reference(model, batch)
-    saves_and_loads(case, model, batch, tmp_path)
-    plain_transformers_refuses(case, tmp_path, monkeypatch)
 
 
 def exact_at_ratio_one(dense: nn.Module, batch: dict, reference: dict[str, Tensor]) -> None:
@@ -71,13 +38,6 @@ def exact_at_ratio_one(dense: nn.Module, batch: dict, reference: dict[str, Tenso
     model.load_state_dict(state)
 
 
-def only_heads_stay_dense(case: TinyCase, model: nn.Module) -> None:
-    """Every linear layer is shared but the ones that the case names (heads, tied weights), and those are all there."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    assert [n for n in linear if not any(re.fullmatch(p, n) for p in case.dense)] == [], "left dense unexpectedly"
-    assert [p for p in case.dense if not any(re.fullmatch(p, n) for n in linear)] == [], "expected to stay dense"
-
-
 def agrees_with_plain_reference(model: nn.Module, batch: dict) -> None:
     """Outputs, psi's gradient and all other gradients equal those of the densified copy, trained the ordinary way.
 
@@ -88,7 +48,7 @@ def agrees_with_plain_reference(model: nn.Module, batch: dict) -> None:
     assert find_bank(copied) is None
     assert find_bank(model) is bank
     expected = backward(copied, batch)
-    close(backward(model, batch), expected, f"ratio {RATIO}")
+    close(backward(model, batch), expected, "compressed")
 
     gradient = torch.zeros(bank.weight_map.m, dtype=torch.float64)
     for name, layer in layers(model).items():
@@ -153,69 +113,12 @@ def plain_transformers_refuses(case: TinyCase, folder: Path, monkeypatch: pytest
             case.model_class.from_pretrained(folder)
 
 
-def test_table(capsys: pytest.CaptureFixture):
-    """Print the table; rows that did not run in this process are made now."""
-    text = table()
-    assert text.count("\n") > len(CASES)
-    with capsys.disabled():
-        print(f"\n{text}")
-
-
-# ---- the table
-
-
-def row(case: TinyCase, model: nn.Module) -> str:
-    """Architecture, n, m, targets and the weight matrices that stay dense, of one compressed model."""
-    weight_map, left = find_bank(model).weight_map, {}
-    for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2:
-            short = re.sub(r"\.\d+(?=\.)", ".*", name).removeprefix(base_prefix(model)).removesuffix(".weight")
-            left[short] = left.get(short, 0) + 1
-    names = ", ".join(f"{name} ({times})" if times > 1 else name for name, times in left.items())
-    return f"{case.name:<24}{weight_map.n:>8}{weight_map.m:>7}{len(weight_map.targets):>9}  {names}"
-
-
-def table() -> str:
-    """One line an architecture."""
-    for case in CASES:
-        if case.name not in ROWS:
-            ROWS[case.name] = row(case, get_rps_model(case.build(), RPSConfig(ratio=RATIO)))
-    lines = [ROWS[case.name] for case in CASES]
-    head = f"{'architecture':<24}{'n':>8}{'m':>7}{'targets':>9}  left dense (matrices; how many of one name)"
-    return "\n".join([head, "-" * 100, *lines, f"{len(CASES)} architectures"])
-
-
-# ---- helpers
-
-
-def outputs(model: nn.Module, batch: dict) -> dict[str, Tensor]:
-    """All float tensors of the model's output, by name."""
-    with torch.no_grad():
-        return floats(model(**batch))
-
-
-def floats(output) -> dict[str, Tensor]:
-    return {key: value for key, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
-
-
-def backward(model: nn.Module, batch: dict) -> dict[str, Tensor]:
-    """Backpropagate a fixed random projection of all outputs, and return the outputs."""
-    result, generator = floats(model(**batch)), torch.Generator().manual_seed(1)
-    loss = sum((value * torch.randn(value.shape, generator=generator)).sum() for value in result.values())
-    loss.backward()
-    return {key: value.detach() for key, value in result.items()}
-
-
 def layers(model: nn.Module) -> dict[str, RPSLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, RPSLayer)}
 
 
 def bank_name(model: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is find_bank(model))
-
-
-def count(parameters) -> int:
-    return sum(parameter.numel() for parameter in parameters)
 
 
 def clone(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -235,33 +138,9 @@ def tied_names(model: nn.Module) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def close(found: dict[str, Tensor], expected: dict[str, Tensor], what: str, tolerance: float = 1e-5) -> None:
-    """Equal to ``tolerance`` times the size of each tensor, with the same names."""
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        size = value.abs().max().item() if value.numel() else 0.0
-        torch.testing.assert_close(found[key], value, rtol=tolerance, atol=tolerance * size, equal_nan=False,
-                                   msg=lambda text, key=key: f"{what}: {key}\n{text}")  # fmt: skip
-
-
-def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Bit for bit."""
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype
-        assert torch.equal(found[key], value), f"{key} differs"
-
-
 def safetensors_sizes(file: Path) -> tuple[int, int]:
     """Bytes of a safetensors file: (header, tensors)."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         json.loads(stream.read(length))
     return 8 + length, file.stat().st_size - 8 - length
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    start = time.perf_counter()
-    print(table())
-    print(f"{time.perf_counter() - start:.1f} s")

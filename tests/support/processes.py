@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
-# for scripts in a process of their own; see take_the_way_of_large_models
-AS_LARGE = (
-    f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    "from processes import take_the_way_of_large_models; take_the_way_of_large_models()\n"
-)
+from paths import environment
+
+# for scripts in a process of their own, with paths.environment; see take_the_way_of_large_models
+AS_LARGE = "from processes import take_the_way_of_large_models; take_the_way_of_large_models()\n"
 PREAMBLE = "import os, sys, torch, torch.distributed as dist\ntorch.set_num_threads(1)\n"
 
 
@@ -49,9 +46,9 @@ def run_processes(folder, script, arguments, processes, check=True, large=True):
     children = [
         subprocess.Popen(
             [sys.executable, str(file), *map(str, arguments)], stderr=subprocess.PIPE, text=True, cwd=folder,
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank),
-                              "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                              "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
+            env=environment(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank),
+                            LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                            OMP_NUM_THREADS="1"))
         for rank in range(processes)
     ]  # fmt: skip
     errors = [child.communicate(timeout=180)[1] for child in children]

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from finetuning import ENVIRONMENT, SCRIPTS
+from finetune_runs import ENVIRONMENT, make_tokenizer
+from paths import SCRIPTS
 from transformers import BertConfig, BertModel
 
-sys.path.insert(0, str(SCRIPTS))
 pytest.importorskip("datasets")
 import _corpus
 import compress_encoder
@@ -88,8 +88,6 @@ def test_a_student_as_large_as_the_teacher_is_the_teacher():
 @pytest.mark.slow
 def test_a_whole_study_and_again(tmp_path):
     """Corpus, students, learning rates, runs, evaluation and report; the second time nothing is trained."""
-    from test_finetune import make_tokenizer
-
     encoder(layers=2).save_pretrained(tmp_path / "encoder")
     make_tokenizer(tmp_path / "encoder", ["the quick brown fox jumps over the lazy dog"] * 5)
     command = [sys.executable, SCRIPTS / "compress_encoder.py", "--model", "encoder", "--output_dir", "out", "--ratios",

@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from finetuning import DIGITS, history, results
+from finetune_runs import DIGITS, history, make_tokenizer, results
 from safetensors.torch import load_file
 
 pytest.importorskip("datasets")
@@ -158,8 +158,6 @@ def test_goes_on_with_another_number_of_processes(finetune, folder, first, then)
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_masks_and_streams_go_on_where_they_were(finetune, folder, streaming):
-    from test_finetune import make_tokenizer
-
     lines = [" ".join(line.split()[:12]) for text in topics.values() for line in text.splitlines() if len(line) > 40]
     (folder / "lines.txt").write_text("\n".join(lines[:300]))
     if not (folder / "tokenizer").exists():

@@ -1,17 +1,14 @@
 """scripts/_batches.py: any number of processes, resumed anywhere, sees every sample of an epoch once, in one order."""
 
-import sys
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
-from finetuning import SCRIPTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 datasets = pytest.importorskip("datasets")
-sys.path.insert(0, str(SCRIPTS))
 from _batches import COUNT, NUMBERS, Batches  # noqa: E402
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import textwrap
 
 import pytest
 import torch
+from paths import environment
 from processes import AS_LARGE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -85,7 +85,7 @@ def test_in_a_fresh_process(saved, ids, large, monkeypatch):
         assert torch.equal(logits, torch.load(folder + "/logits.pt")), "logits differ"
     """
     code = (AS_LARGE if large else "") + textwrap.dedent(code)
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment(HF_HUB_OFFLINE="1"))
 
 
 def test_size(saved):
@@ -362,9 +362,7 @@ def test_loading_allocates_no_dense_weight(tmp_path):
 
     def run(folder, form):
         command = [sys.executable, str(script), str(tmp_path / folder), form]
-        return subprocess.run(
-            command, check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"))
 
     run("small", "save")
     run("dense", "save dense")

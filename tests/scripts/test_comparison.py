@@ -5,24 +5,20 @@ import gzip
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
+import compare
 import numpy as np
 import pytest
 import torch
 import transformers
-from finetuning import SCRIPTS
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-sys.path.insert(0, str(SCRIPTS))
-import compare
 from comparison import methods, report, studies, tasks
 from comparison.methods import METHODS
 from comparison.runner import Environment, Runner
 from comparison.studies import Size, make_run
 from comparison.training import Run, train
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 TINY = {
     "vit": Size(studies._vit(16, 32, 2, 14), 256, 1, 16),

@@ -3,11 +3,8 @@
 import json
 import sys
 
-import pytest
-from finetuning import SCRIPTS
-
-sys.path.insert(0, str(SCRIPTS))
 import bench
+import pytest
 from benchmark import costs, report
 from benchmark.models import make
 from benchmark.runner import WORKS, Job, measure

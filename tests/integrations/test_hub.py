@@ -130,7 +130,7 @@ def pushes(folder: Path, url: str) -> dict:
     # a connection that drops when all is uploaded, in the middle of the commit
     control(url, fail={"pattern": "/commit/", "times": 1})
     told = failed(model, "user/dropped", processing_class=tokenizer, token=TOKEN)
-    kept = told["text"].partition("whole in ")[2].partition(". To try again")[0]
+    kept = told["text"].partition("complete model is in ")[2].partition(". To try again")[0]
     loaded = AutoModelForSequenceClassification.from_pretrained(kept)
     out["commit"] = told | {"kept": kept, "remote": remote("dropped")}
     out["commit"]["loads"] = torch.equal(loaded(IDS).logits, expected["changed"])
@@ -336,7 +336,7 @@ def test_an_adapter_is_pushed_with_its_card(pushed):
         ("folder of others", "ValueError", "give a new folder"),
         ("two folders", "ValueError", "model is already a folder"),
         ("processing_class", "TypeError", "save_pretrained"),
-        ("card", "TypeError", "ModelCard or a text"),
+        ("card", "TypeError", "ModelCard or a string"),
         ("revision", "ValueError", "revision must be"),
         ("pull request", "ValueError", "leave out revision='v2'"),
     ],
