@@ -1,4 +1,4 @@
-"""A dense model becomes a compressed one, and back, in place: targets, map, bank, layers. It knows torch modules only."""
+"""A dense model becomes a compressed one, and back, in place. It knows torch modules only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the library takes of torch that torch does not promise: one place, with a canary test each (test_internals.py)."""
+"""What the library takes of torch that torch does not promise: one place, with a canary test for each."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ def active_ddp() -> DistributedDataParallel | None:
 
 
 def empty_tensor_of(cls: type[torch.Tensor], shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
-    """A tensor of class ``cls`` that says it has this shape, and the dtype, device and requires_grad of ``like``, and
-    has no memory."""
+    """A tensor of class ``cls`` without memory: of ``shape``, with dtype, device and requires_grad of ``like``."""
     return torch.Tensor._make_wrapper_subclass(
         cls, shape, dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
     )

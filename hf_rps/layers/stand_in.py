@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from hf_rps import internals
 
@@ -16,8 +17,8 @@ _REMEDY = (
 )
 _METADATA = frozenset(
     getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_leaf", "grad", "grad_fn", "itemsize",
-                 "nbytes", "is_meta", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "_version")
+    for name in ("shape", "dtype", "device", "requires_grad", "ndim", "layout", "is_leaf", "grad", "grad_fn",
+                 "itemsize", "nbytes", "is_meta", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "_version")
 ) | {
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point,
     Tensor.is_complex, Tensor.stride, Tensor.get_device, Tensor.__len__, Tensor.ndimension, Tensor.__hash__,
@@ -43,6 +44,9 @@ class WeightStandIn(Tensor):
             return make()
         stand_in = internals.empty_tensor_of(WeightStandIn, torch.Size(shape), like)
         stand_in._make = make
+        if stand_in.requires_grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                stand_in.register_hook(_refuse_gradient)
         return stand_in
 
     @classmethod
@@ -52,7 +56,16 @@ class WeightStandIn(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         _refuse_writes(function, args, kwargs)
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda weight: weight._make(), (args, kwargs))
+        return cls._with_weights(function, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None) -> Any:
+        """What reaches torch below autograd, such as the inside of a custom autograd function."""
+        return cls._with_weights(function, args, kwargs or {})
+
+    @classmethod
+    def _with_weights(cls, function, args: tuple, kwargs: dict) -> Any:
+        args, kwargs = tree_map_only(cls, lambda weight: weight._make(), (args, kwargs))
         return function(*args, **kwargs)
 
     def __repr__(self, *, tensor_contents=None) -> str:
@@ -63,6 +76,14 @@ class WeightStandIn(Tensor):
 
     def __reduce_ex__(self, protocol):
         return self._make().detach().__reduce_ex__(protocol)
+
+
+def _refuse_gradient(gradient: Tensor) -> None:
+    """Raise where a gradient arrives at a stand-in, which would lose it: a custom autograd function was given it."""
+    raise RuntimeError(
+        "a custom autograd function was given the weight of a compressed layer, and its gradient would be lost. Give it "
+        "layer.dense_weight() instead"
+    )
 
 
 _WRITES = {

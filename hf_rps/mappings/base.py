@@ -2,9 +2,10 @@
 
     W_i = R_i psi          R_i: (rows * cols) x m, never stored as a matrix
 
-Everything that the library does with a weight is linear algebra with R_i and its adjoint, and asks nothing of a mapping
-but this file's two protocols: a :class:`Mapping` lays the matrices of one sharing group on a segment of psi, and gives a
-:class:`SharedMatrix` for each. A new mapping is one class of each, and one row of :data:`hf_rps.mappings.MAPPINGS`.
+Everything that the library does with a weight is linear algebra with R_i and its adjoint, and asks nothing of a
+mapping but this file's two protocols: a :class:`Mapping` lays the matrices of one sharing group on a segment of psi,
+and gives a :class:`SharedMatrix` for each. A new mapping is one class of each, and a row of
+:data:`hf_rps.mappings.table.MAPPINGS`.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class SharedMatrix(ABC):
         """W (rows, cols) in psi's dtype, by operations that autograd, compilers and torch.func can follow."""
 
     def make(self, psi: Tensor, base: Tensor | None = None) -> Tensor:
-        """W (rows, cols), or ``base`` + W in base's dtype: a new contiguous tensor, without autograd."""
+        """W (rows, cols), or ``base`` + W in base's dtype: a new contiguous tensor. psi must not require a gradient."""
         with torch.no_grad():
             weight = self.weight(psi)
             return weight if base is None else torch.add(base, weight.to(base.dtype)).contiguous()
@@ -91,7 +92,7 @@ class SharedMatrix(ABC):
         into.add_(part)
 
     def add_load(self, into: Tensor, factor: float = 1.0) -> None:
-        """``into`` (m,) += ``factor`` times this matrix's part of Gamma: for every slot, the sum of squares of what it adds.
+        """``into`` (m,) += ``factor`` times this matrix's part of Gamma: for every slot, its column's sum of squares.
 
         It is R^T (R 1), which is just that where every weight reads one slot; other mappings override it.
         """

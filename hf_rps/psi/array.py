@@ -50,7 +50,7 @@ class SharedArray:
         self.choose: Choice = choose
 
     def read(self, device: torch.device, dtype: torch.dtype, call_owner: Callable[..., Reading]) -> Reading:
-        """psi as this pass reads it; ``call_owner(device, dtype)`` leads to :meth:`enter` where it has not been read."""
+        """psi as this pass reads it; where it has not yet, ``call_owner(device, dtype)`` leads to :meth:`enter`."""
         return self.passes.reading(device, dtype, call_owner)
 
     def enter(self, psi: Tensor, device: torch.device, dtype: torch.dtype) -> Reading:

@@ -1,7 +1,7 @@
 """The gradient sink: the autograd node between psi and all its uses in one pass.
 
-Backward passes of layers add into its buffer, and the sink hands the sum, divided slot by slot, to psi once. So whatever
-hooks on psi (DDP, FSDP, gradient accumulation, clipping, GradScaler) sees one ordinary gradient.
+Backward passes of layers add into its buffer, and the sink hands the sum, divided slot by slot, to psi once. So
+whatever hooks on psi (DDP, FSDP, gradient accumulation, clipping, GradScaler) sees one ordinary gradient.
 """
 
 from __future__ import annotations

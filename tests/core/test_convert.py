@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_rps import RPSConfig, get_rps_model, size_report, to_dense
-from hf_rps.convert import find_bank
-from hf_rps.layers import RPSLinear
+from hf_rps.conversion import find_bank
+from hf_rps.layers.linear import RPSLinear
 
 SMALLEST = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}  # for dense (n, m) matrices
 

@@ -17,6 +17,7 @@ from conversion_checks import (
     plain_transformers_refuses,
     saves_and_loads,
 )
+from hf_rps.functional import dense_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_outputs import equal, outputs
@@ -28,12 +29,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForImageClassification, ResNetConfig
 
 from hf_rps import RPSConfig, get_rps_model, to_dense
-from hf_rps.bank import Bank
 from hf_rps.baselines.magnitude import most_kept, prune_by_magnitude, remove_pruning
-from hf_rps.convert import check_weight, find_bank, initial_std
-from hf_rps.functional import dense_weight
-from hf_rps.layers import RPSConv, RPSLayer
-from hf_rps.mapping import Target, WeightMap
+from hf_rps.conversion import find_bank
+from hf_rps.initial import check_weight, initial_std
+from hf_rps.layers.base import RPSLayer
+from hf_rps.layers.convolution import RPSConv
+from hf_rps.mappings.base import Target
+from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.psi.bank import Bank
 from hf_rps.targets import Candidate, find_targets, is_convolution
 
 RESNETS = [

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from hf_rps.functional import dense_weight
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -13,10 +14,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_rps import RPSConfig, get_rps_model
-from hf_rps.bank import Bank
-from hf_rps.functional import dense_weight
-from hf_rps.layers import RPSLinear
-from hf_rps.mapping import Target, WeightMap
+from hf_rps.layers.linear import RPSLinear
+from hf_rps.mappings.base import Target
+from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.psi.bank import Bank
 
 ROWS, COLS, LAYERS = 400, 320, 8  # 1,024,000 weights on 1,024 slots
 ROUNDING = 2.0**-8  # what rounding to bfloat16 changes a number by, relatively: at most this, at random less than half

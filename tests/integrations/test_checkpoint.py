@@ -27,8 +27,8 @@ from transformers import (
 from transformers.quantizers import auto as quantizers
 
 from hf_rps import RPSConfig, get_rps_model, mapping, size_report, to_dense
-from hf_rps.convert import find_bank
-from hf_rps.layers import RPSLinear
+from hf_rps.conversion import find_bank
+from hf_rps.layers.linear import RPSLinear
 
 
 def equal(a, b):

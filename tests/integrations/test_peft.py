@@ -32,7 +32,7 @@ from hf_rps.functional import rps_delta_linear, rps_delta_linear_reference
 from hf_rps.integrations.peft import model as rps_peft
 from hf_rps.integrations.peft import peft_type
 from hf_rps.integrations.peft.layers import DeltaLinear, ReplaceLinear
-from hf_rps.weight import LazyWeight
+from hf_rps.layers.stand_in import WeightStandIn
 
 MODES = ["delta", "replace"]
 
@@ -111,7 +111,8 @@ def test_bad_init_of_a_delta():
 )  # fmt: skip
 def test_delta_function_equals_its_reference(rows, cols, m, tokens, transposed, seed):
     from hf_rps.functional import GradientBuffer
-    from hf_rps.mapping import Target, WeightMap
+    from hf_rps.mappings.base import Target
+from hf_rps.mappings.weight_map import WeightMap
 
     weight_map = WeightMap([Target("w", rows, cols, 0.1)], ratio=min(1.0, m / (rows * cols)), seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -302,7 +303,7 @@ def test_models_that_read_the_weight_themselves_see_the_adapter(mode):
     torch.manual_seed(0)
     model = get_peft_model(Reader(), config(mode, target_modules=["lin"], ratio=0.5))
     layer, x = model.base_model.model.lin, torch.randn(3, 8)
-    assert isinstance(layer.weight, LazyWeight)
+    assert isinstance(layer.weight, WeightStandIn)
     torch.testing.assert_close(model(x), layer(x))
     model(x).sum().backward()
     assert psi(model).grad.abs().sum() > 0

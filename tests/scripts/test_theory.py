@@ -5,7 +5,6 @@ from itertools import combinations, permutations, product
 import numpy as np
 import pytest
 from comparison import theory
-
 from hf_rps.folding import Fold
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_rps import RPSConfig, get_rps_model, to_dense
-from hf_rps.convert import find_bank
-from hf_rps.layers import RPSLayer, RPSLinear
+from hf_rps.conversion import find_bank
+from hf_rps.layers.base import RPSLayer
+from hf_rps.layers.linear import RPSLinear
 
 
 def exact_at_ratio_one(dense: nn.Module, batch: dict, reference: dict[str, Tensor]) -> None:

@@ -96,7 +96,7 @@ class AdapterBank(nn.Module, RPSTunerLayer):
             del self.rps_map[adapter_name]
 
     def forward(self, x, device: torch.device | None = None, dtype: torch.dtype | None = None):
-        """Read anew the array of the adapter that ``x`` names: a call, so that the hooks on this module run around it."""
+        """Read anew the array of the adapter named ``x``: a call, so that the hooks on this module run around it."""
         if not isinstance(x, str):
             return x
         self.rps_map.clear()  # in use, so nothing is being loaded

@@ -187,8 +187,10 @@ def _candidate(model: nn.Module, name: str, module: nn.Module, target: Target) -
 
 
 def sentinel_key(model: nn.Module) -> str:
-    """Name of the empty tensor that stands in the file for one shared weight: a reader that does not know RPS finds a
-    size mismatch there, instead of initialising a dense weight silently. See WeightMap.sentinel_shape."""
+    """Name of the empty tensor that stands in the file for one shared weight, see WeightMap.sentinel_shape.
+
+    A reader that does not know RPS finds a size mismatch there, instead of initialising a dense weight silently.
+    """
     layer = next(module for module in model.modules() if isinstance(module, RPSLayer))
     # by the map: wrappers change the modules' names
     return f"{module_name(layer.name, base_prefix(model))}.{layer.parameter}"
