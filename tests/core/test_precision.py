@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hf_rps.functional import dense_weight
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,6 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_rps import RPSConfig, get_rps_model
 from hf_rps.layers.linear import RPSLinear
+from hf_rps.mappings import definition
 from hf_rps.mappings.base import Target
 from hf_rps.mappings.weight_map import WeightMap
 from hf_rps.psi.bank import Bank
@@ -33,7 +33,7 @@ class Shared(nn.Module):
         nn.init.normal_(self.bank.psi, std=self.bank.weight_map.init_std)
         dense = [nn.Linear(COLS, ROWS, bias=False) for _ in targets]
         self.layers = nn.ModuleList(RPSLinear(t.name, self.bank, d) for t, d in zip(targets, dense, strict=True))
-        self.bank.watch(self)
+        self.bank.array.passes.watch(self)
 
     def forward(self, x):
         return torch.stack([layer(part) for layer, part in zip(self.layers, x, strict=True)])
@@ -67,8 +67,7 @@ def accumulated_in_bfloat16(model, x, gy):
     psi = model.bank.psi.detach().bfloat16().requires_grad_()
     outputs = []
     for i, target in enumerate(weight_map.targets):
-        scales = torch.from_numpy(weight_map.signs(target.name)).float().flatten() * weight_map.scale(target.name)
-        outputs.append(F.linear(x[i], dense_weight(psi, weight_map.layout(target.name), scales)))
+        outputs.append(F.linear(x[i], definition.weight(psi, weight_map, target.name)))
     torch.stack(outputs).backward(gy)
     return psi.grad
 

@@ -22,17 +22,21 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from processes import AS_LARGE
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from hf_rps import RPSConfig, get_rps_model, size_report, to_dense
-from hf_rps.functional import rps_delta_linear, rps_delta_linear_reference
 from hf_rps.integrations.peft import model as rps_peft
 from hf_rps.integrations.peft import peft_type
 from hf_rps.integrations.peft.layers import DeltaLinear, ReplaceLinear
 from hf_rps.layers.stand_in import WeightStandIn
+from hf_rps.mappings import definition
+from hf_rps.mappings.base import Target
+from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.products.autograd import shared_linear
+from hf_rps.products.base import Made
+from hf_rps.psi.sink import GradientBuffer
 
 MODES = ["delta", "replace"]
 
@@ -110,30 +114,25 @@ def test_bad_init_of_a_delta():
     transposed=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_delta_function_equals_its_reference(rows, cols, m, tokens, transposed, seed):
-    from hf_rps.functional import GradientBuffer
-    from hf_rps.mappings.base import Target
-from hf_rps.mappings.weight_map import WeightMap
-
     weight_map = WeightMap([Target("w", rows, cols, 0.1)], ratio=min(1.0, m / (rows * cols)), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     weight = draw(cols, rows).t() if transposed else draw(rows, cols)
-    scale = torch.from_numpy(weight_map.signs("w")).double().view(-1) * weight_map.scale("w")
     inputs = [draw(tokens, cols), draw(weight_map.m), draw(rows)]
     gradients, outputs = [], []
     gy = draw(tokens, rows)
     for fast in (True, False):
-        x, array, bias = (t.clone().requires_grad_() for t in inputs)
-        buffer = GradientBuffer(torch.zeros_like)
-        layout = weight_map.layout("w")
-        function = rps_delta_linear if fast else rps_delta_linear_reference
-        y = function(x, weight, array, layout, scale, bias, *([buffer] if fast else []))
-        summed = []
-        if fast:  # the buffer belongs to the pass that fills it; a hook on x runs inside that pass
+        x, psi, bias = (t.clone().requires_grad_() for t in inputs)
+        buffer, summed = GradientBuffer(), []
+        if fast:
+            y = shared_linear(x, psi, bias, Made(weight_map.matrix("w")), buffer, weight)
+            # the buffer belongs to the pass that fills it; a hook on x runs inside that pass
             x.register_hook(lambda g, b=buffer, s=summed: s.append(b.take()))
+        else:
+            y = F.linear(x, weight + definition.weight(psi, weight_map, "w"), bias)
         y.backward(gy)
         outputs.append(y.detach())
-        gradients.append([x.grad, summed[0] if fast else array.grad, bias.grad])
+        gradients.append([x.grad, summed[0] if fast else psi.grad, bias.grad])
     torch.testing.assert_close(outputs[0], outputs[1])
     torch.testing.assert_close(gradients[0], gradients[1])
 
@@ -370,7 +369,6 @@ def test_round_trips_in_a_new_process(tiny, ids, tmp_path):
         for mode in ("delta", "replace"):
             check(AutoModelForCausalLM.from_pretrained(folder / f"{mode} merged"), f"{mode} merged")
         import hf_rps
-        AS_LARGE
         from peft import AutoPeftModelForCausalLM, PeftModel
         for mode in ("delta", "replace"):
             check(AutoPeftModelForCausalLM.from_pretrained(folder / mode), mode)
@@ -388,7 +386,7 @@ def test_round_trips_in_a_new_process(tiny, ids, tmp_path):
             check(model, f"{mode} other")
     """
     child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script).replace("AS_LARGE\n", AS_LARGE), str(tmp_path)],
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
         capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"), check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-3000:]

@@ -19,6 +19,7 @@ from hf_rps import RPSConfig, get_rps_model, to_dense
 from hf_rps.conversion import find_bank
 from hf_rps.layers.base import RPSLayer
 from hf_rps.layers.linear import RPSLinear
+from hf_rps.mappings import definition
 
 
 def exact_at_ratio_one(dense: nn.Module, batch: dict, reference: dict[str, Tensor]) -> None:
@@ -60,7 +61,7 @@ def agrees_with_plain_reference(model: nn.Module, batch: dict) -> None:
             factor = torch.from_numpy(bank.weight_map.signs(layer.name)) * bank.weight_map.scale(layer.name)
             slots = torch.from_numpy(bank.weight_map.slots(layer.name))
             gradient.index_add_(0, slots.flatten(), (dense_gradient.double() * factor).flatten())
-    gradient /= torch.from_numpy(bank.weight_map.squared_scale_array())
+    gradient /= torch.from_numpy(definition.gamma(bank.weight_map))
     found = bank.psi.grad
     assert found is not None
     assert torch.isfinite(found).all()

@@ -9,37 +9,19 @@ import textwrap
 
 from paths import environment
 
-# for scripts in a process of their own, with paths.environment; see take_the_way_of_large_models
-AS_LARGE = "from processes import take_the_way_of_large_models; take_the_way_of_large_models()\n"
 PREAMBLE = "import os, sys, torch, torch.distributed as dist\ntorch.set_num_threads(1)\n"
 
 
-usual = {}  # what take_the_way_of_large_models replaced
-
-
-def take_the_way_of_large_models():
-    """Let tiny models read views of the shared array, which is what matters; they would make their weights otherwise.
-
-    What is done for small models and short runs has tests of its own (test_layers.py), and runs in the scripts' tests.
-    """
-    from hf_rps import kernels, mapping
-
-    usual["makes_weight"] = kernels.makes_weight
-    mapping.UNFOLD_UP_TO = 0
-    kernels.makes_weight = lambda x, layout: False
-
-
-def run_processes(folder, script, arguments, processes, check=True, large=True):
+def run_processes(folder, script, arguments, processes, check=True):
     """Run ``script`` (source text, which begins with PREAMBLE's names) in ``folder``.
 
     It must end with ``os._exit(0)``: gloo's threads now and then abort a process that is already done, with any model.
-    ``large``: whether its models take the way of large ones.
 
     Returns:
         What each process wrote to stderr.
     """
     file = folder / "script.py"
-    file.write_text(PREAMBLE + (AS_LARGE if large else "") + textwrap.dedent(script))
+    file.write_text(PREAMBLE + textwrap.dedent(script))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
