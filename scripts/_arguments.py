@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_type_hints
 
-from _parsing import CheckedArguments, parse_overrides, read_mapping
 from huggingface_hub import get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
+from _parsing import CheckedArguments, parse_overrides, read_mapping
 from hf_rps import RPSConfig
 
 DIGITS = "sklearn/digits"

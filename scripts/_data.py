@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from _arguments import DIGITS, FILE_FORMATS, DataArguments
 from datasets import (
     ClassLabel,
     Dataset,
@@ -19,6 +18,8 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+
+from _arguments import DIGITS, FILE_FORMATS, DataArguments
 
 logger = logging.getLogger(__name__)
 

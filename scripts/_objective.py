@@ -14,10 +14,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from _arguments import DistillationArguments
 from _batches import COUNT, model_inputs
 from _tasks import TASKS, Task
-from torch import Tensor, nn
 
 LABELS, TOKENS, SEQUENCES = range(3)  # what a term is a mean over
 

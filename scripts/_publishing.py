@@ -6,10 +6,9 @@ import logging
 import os
 from pathlib import Path
 
+import hf_rps
 from _arguments import Arguments, DataArguments, HubArguments
 from _tasks import TASKS
-
-import hf_rps
 from hf_rps.integrations.model_card import write_model_card
 
 logger = logging.getLogger(__name__)

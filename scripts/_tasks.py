@@ -9,8 +9,6 @@ from itertools import chain
 
 import torch
 import transformers
-from _arguments import Arguments, ModelArguments
-from _data import Splits, encode_labels, find_columns, load_splits
 from datasets import IterableDataset
 from transformers import (
     AutoImageProcessor,
@@ -22,6 +20,9 @@ from transformers import (
     DataCollatorWithPadding,
     default_data_collator,
 )
+
+from _arguments import Arguments, ModelArguments
+from _data import Splits, encode_labels, find_columns, load_splits
 
 logger = logging.getLogger(__name__)
 

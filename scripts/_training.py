@@ -13,6 +13,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, send_to_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
 from _arguments import Arguments, TrainArguments
 from _batches import Batches
 from _evaluation import Evaluator
@@ -20,10 +25,6 @@ from _files import History, checkpoints, delete_checkpoints, save_folder, write_
 from _metrics import LOWER_IS_BETTER
 from _objective import SEQUENCES, TOKENS, Objective
 from _tasks import TASKS
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, send_to_device
-from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 

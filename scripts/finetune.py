@@ -31,6 +31,13 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, is_wandb_available, set_seed
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, get_scheduler
+
 from _arguments import Arguments, ModelArguments, parse_arguments
 from _batches import Batches
 from _evaluation import SHARDED, Evaluator
@@ -40,15 +47,8 @@ from _publishing import publish, write_card
 from _resuming import check_resumable, clear, read_run
 from _tasks import TASKS, Data, prepare_data
 from _training import Training, make_optimizer
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, is_wandb_available, set_seed
-from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import save_file
-from torch import nn
-from transformers import AutoConfig, get_scheduler
-
 from hf_rps import SizeReport, __version__, get_rps_model, size_report
-from hf_rps.baselines.magnitude import prune_by_magnitude, remove_pruning
+from studies.methods.magnitude import prune_by_magnitude, remove_pruning
 
 logger = logging.getLogger(__name__)
 

@@ -50,8 +50,8 @@ def ids():
 
 @pytest.fixture(scope="session")
 def finetune(tmp_path_factory):
-    """``finetune(folder, arguments)``: a run of scripts/finetune.py in a process of its own; see finetuning.py."""
-    from finetuning import Finetune
+    """``finetune(folder, arguments)``: a run of scripts/finetune.py in a process of its own; see finetune_runs.py."""
+    from finetune_runs import Finetune
 
     server = Finetune(tmp_path_factory.mktemp("hf_home"))
     yield server

@@ -6,7 +6,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from finetuning import SCRIPTS
+from finetune_runs import SCRIPTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from finetuning import SCRIPTS
+from finetune_runs import SCRIPTS
 
 sys.path.insert(0, str(SCRIPTS))
 import bench
@@ -195,8 +195,9 @@ def test_fakeroast_beside_dense(fakeroast, capfd):
 
 
 def test_conv1d_is_replaced_for_the_authors_code(fakeroast, monkeypatch):
-    from benchmark import models
     from transformers import GPT2Config
+
+    from benchmark import models
 
     tiny_gpt2 = GPT2Config(
         n_embd=16, n_layer=1, n_head=2, vocab_size=32, bos_token_id=None, eos_token_id=None, pad_token_id=None

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from finetuning import SCRIPTS
+from finetune_runs import SCRIPTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -198,7 +198,7 @@ def test_divergence_counts_as_a_guess(data):
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.build is not None])
 def test_what_is_stored(task, method, data, monkeypatch):
     """Numbers in all are those of the model that is trained, but for weights that are held at zero."""
-    monkeypatch.setattr("hf_rps.baselines.at_start.SYNFLOW_ROUNDS", 5)
+    monkeypatch.setattr("studies.methods.at_start.SYNFLOW_ROUNDS", 5)
     data = tasks.load_text(32, 128) if task == "lm" else data
     run = tiny_run(method, task, compression=2)
     dense = methods.dense_model(run, data)

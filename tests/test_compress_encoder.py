@@ -7,14 +7,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from finetuning import ENVIRONMENT, SCRIPTS
+from finetune_runs import ENVIRONMENT, SCRIPTS
 from transformers import BertConfig, BertModel
 
 sys.path.insert(0, str(SCRIPTS))
 pytest.importorskip("datasets")
 import _corpus
 import compress_encoder
-
 from hf_rps import RPSConfig
 from hf_rps.targets import find_targets
 

@@ -30,12 +30,12 @@ from transformers import AutoModel, AutoModelForImageClassification, ResNetConfi
 
 from hf_rps import RPSConfig, get_rps_model, to_dense
 from hf_rps.bank import Bank
-from hf_rps.baselines.magnitude import most_kept, prune_by_magnitude, remove_pruning
 from hf_rps.convert import check_weight, find_bank, initial_std
 from hf_rps.functional import dense_weight
 from hf_rps.layers import RPSConv, RPSLayer
 from hf_rps.mapping import Target, WeightMap
 from hf_rps.targets import Candidate, find_targets, is_convolution
+from studies.methods.magnitude import most_kept, prune_by_magnitude, remove_pruning
 
 RESNETS = [
     tiny("resnet", "ResNetForImageClassification", "image", **RESNET, num_labels=5),

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from finetuning import DIGITS, SCRIPTS, history, results
+from finetune_runs import DIGITS, SCRIPTS, history, results
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, ByT5Tokenizer
 
 sys.path.insert(0, str(SCRIPTS))

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from finetuning import DIGITS, ENVIRONMENT, SCRIPTS, SIZES, flags, history, results
+from finetune_runs import DIGITS, ENVIRONMENT, SCRIPTS, SIZES, flags, history, results
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -334,8 +334,9 @@ def plugin(**fields):
     ],
 )
 def test_refuses_what_can_not_work(base, monkeypatch, tmp_path, kind, mode, message):
-    import finetune as script
     from accelerate.utils import DistributedType
+
+    import finetune as script
 
     fake = SimpleNamespace(
         distributed_type=DistributedType[kind], is_fsdp2=False, state=SimpleNamespace(deepspeed_plugin=plugin())

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from finetuning import DIGITS, ENVIRONMENT, SCRIPTS, flags, results
+from finetune_runs import DIGITS, ENVIRONMENT, SCRIPTS, flags, results
 from hub_server import Failure, HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file

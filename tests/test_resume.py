@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from finetuning import DIGITS, history, results
+from finetune_runs import DIGITS, history, results
 from safetensors.torch import load_file
 
 pytest.importorskip("datasets")

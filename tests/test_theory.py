@@ -5,7 +5,7 @@ from itertools import combinations, permutations, product
 
 import numpy as np
 import pytest
-from finetuning import SCRIPTS
+from finetune_runs import SCRIPTS
 
 from hf_rps.folding import Fold
 

@@ -18,15 +18,15 @@ from torch import nn
 from comparison.tasks import TASKS, Data, make_config
 from comparison.training import Run, score, train
 from hf_rps import RPSConfig, get_rps_model
-from hf_rps.baselines import BudgetError
-from hf_rps.baselines.at_start import prune_at_start
-from hf_rps.baselines.lottery_ticket import densities, global_magnitude_masks, rewind
-from hf_rps.baselines.low_rank import get_low_rank_model
-from hf_rps.baselines.magnitude import sparse_bytes
-from hf_rps.baselines.smaller import smaller_config
 from hf_rps.convert import initial_std
 from hf_rps.mapping import INIT_EXPONENT, Target, WeightMap
 from hf_rps.targets import find_targets
+from studies.methods import BudgetError
+from studies.methods.at_start import prune_at_start
+from studies.methods.lottery_ticket import densities, global_magnitude_masks, rewind
+from studies.methods.low_rank import get_low_rank_model
+from studies.methods.magnitude import sparse_bytes
+from studies.methods.smaller import smaller_config
 
 REWIND_TO = 0.1  # of the steps; Frankle et al. (ICML 2020) rewind to between 1 % and 10 %
 _SCORING_ROWS = 512  # training rows that SNIP and GraSP look at

@@ -39,9 +39,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_rps.baselines.magnitude import most_kept, sparse_bytes
 from hf_rps.folding import slots_for
 from hf_rps.mapping import Target, WeightMap
+from studies.methods.magnitude import most_kept, sparse_bytes
 
 FOLD = "RANDOMFOLD, sign per weight"
 ROW_FOLD = "RANDOMFOLD, sign per row"

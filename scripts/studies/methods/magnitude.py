@@ -10,9 +10,9 @@ import math
 
 from torch import nn
 
-from hf_rps.baselines.masks import apply_masks, keep_largest, remove_pruning, targeted_weights
-from hf_rps.baselines.scores import magnitude_scores
 from hf_rps.config import RPSConfig
+from studies.methods.masks import apply_masks, keep_largest, remove_pruning, targeted_weights
+from studies.methods.scores import magnitude_scores
 
 __all__ = ["most_kept", "prune_by_magnitude", "remove_pruning", "sparse_bytes"]
 

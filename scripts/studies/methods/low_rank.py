@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from hf_rps.baselines import BudgetError
 from hf_rps.config import RPSConfig
 from hf_rps.convert import check_weight, find_bank, replace_modules
 from hf_rps.targets import Candidate, find_targets
+from studies.methods import BudgetError
 
 
 def spectral_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

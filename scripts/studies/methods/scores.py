@@ -1,7 +1,7 @@
 """How much each targeted weight matters, by the methods that prune a network before it is trained.
 
 Every function returns, by module name, the score of each weight in the shape of ``module.weight``; the weights with the
-largest scores stay (:func:`hf_rps.baselines.masks.keep_largest`). Scoring leaves parameters, their gradients, buffers,
+largest scores stay (:func:`studies.methods.masks.keep_largest`). Scoring leaves parameters, their gradients, buffers,
 train or eval mode and torch's generators as they were: it runs on tensors put in the parameters' place for one pass.
 
 They are compared with each other in 'Pruning neural networks at initialization: why are we missing the mark?' (Frankle,
@@ -19,9 +19,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_rps.baselines.masks import targeted_weights
-from hf_rps.baselines.positive import norms_without_statistics
 from hf_rps.config import RPSConfig
+from studies.methods.masks import targeted_weights
+from studies.methods.positive import norms_without_statistics
 
 
 def random_scores(

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from hf_rps.baselines.masks import apply_masks, keep_largest, masks_of, remove_pruning, targeted_weights
 from hf_rps.config import RPSConfig
+from studies.methods.masks import apply_masks, keep_largest, masks_of, remove_pruning, targeted_weights
 
 
 def densities(compressions: Iterable[float], rate: float = 0.2) -> list[float]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from hf_rps.baselines import BudgetError
+from studies.methods import BudgetError
 
 _SLACK = 1.25  # a model with more than this many times the wanted parameters is no answer
 _HEAD = 2  # smallest size of an attention head

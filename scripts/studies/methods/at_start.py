@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from hf_rps.baselines.masks import apply_masks, check_kept, keep_largest, targeted_weights
-from hf_rps.baselines.scores import grasp_scores, magnitude_scores, random_scores, snip_scores, synflow_scores
 from hf_rps.config import RPSConfig
+from studies.methods.masks import apply_masks, check_kept, keep_largest, targeted_weights
+from studies.methods.scores import grasp_scores, magnitude_scores, random_scores, snip_scores, synflow_scores
 
 SYNFLOW_ROUNDS = 100  # of the paper
 NEEDS = {"random": "generator", "magnitude": None, "snip": "batches", "grasp": "batches", "synflow": "inputs"}
@@ -29,7 +29,7 @@ def prune_at_start(
 
     Args:
         model: A dense model.
-        method: "random", "magnitude", "snip", "grasp" or "synflow"; see :mod:`hf_rps.baselines.scores`.
+        method: "random", "magnitude", "snip", "grasp" or "synflow"; see :mod:`studies.methods.scores`.
         kept: How many of all targeted weights stay, exactly.
         config: Chooses the weights, as for RPS; its ratio is not read.
         batches: For "snip" and "grasp": keyword arguments of the model's calls, with labels.
@@ -37,7 +37,7 @@ def prune_at_start(
         generator: For "random".
 
     Returns:
-        The masks, by module name; :func:`hf_rps.baselines.masks.remove_pruning` folds them into the weights.
+        The masks, by module name; :func:`studies.methods.masks.remove_pruning` folds them into the weights.
 
     Raises:
         ValueError: An argument is not valid or what the method needs is missing. The model is then as it was.
