@@ -25,11 +25,12 @@ from typing import Literal
 import torch
 from transformers import HfArgumentParser
 
-from comparison import report, studies, theory
-from comparison.methods import METHODS
-from comparison.runner import Environment, Runner
-from comparison.studies import PRESETS
-from comparison.tasks import FASHION_MNIST, FASHION_MNIST_FOLDER, TASKS
+from studies import theory
+from studies.comparison import report, studies
+from studies.comparison.methods import METHODS
+from studies.comparison.runner import Environment, Runner
+from studies.comparison.studies import PRESETS
+from studies.comparison.tasks import FASHION_MNIST, FASHION_MNIST_FOLDER, TASKS
 
 logger = logging.getLogger("compare")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "comparison.md"

@@ -28,7 +28,7 @@ from peft import LoraConfig, PeftConfig, UniLoraConfig, VeraConfig, get_peft_mod
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, Trainer, TrainingArguments
 
-from _metrics import Accuracy
+from finetuning.metrics import Accuracy
 from hf_rps import RPSConfig
 
 TOPICS = (

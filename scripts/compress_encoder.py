@@ -39,11 +39,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
-from _corpus import write_corpus
-from _objective import mean_pool
+from finetuning.objective import mean_pool
 from hf_rps import RPSConfig, get_rps_model, size_report
 from hf_rps.integrations.model_card import write_model_card
 from hf_rps.targets import find_targets
+from studies.corpus import write_corpus
 from studies.methods.magnitude import prune_by_magnitude, remove_pruning, sparse_bytes
 
 SCRIPTS = Path(__file__).resolve().parent

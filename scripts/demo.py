@@ -64,7 +64,7 @@ def reload(folder: Path) -> float:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     import hf_rps  # noqa: F401  from_pretrained then knows compressed models
-    from _data import load_digits
+    from finetuning.data.sources import load_digits
 
     model = AutoModelForImageClassification.from_pretrained(folder / "model").eval()
     processor = AutoImageProcessor.from_pretrained(folder / "model")

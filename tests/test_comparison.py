@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(SCRIPTS))
 import compare
-from comparison import methods, report, studies, tasks
-from comparison.methods import METHODS
-from comparison.runner import Environment, Runner
-from comparison.studies import Size, make_run
-from comparison.training import Run, train
+from studies.comparison import methods, report, studies, tasks
+from studies.comparison.methods import METHODS
+from studies.comparison.runner import Environment, Runner
+from studies.comparison.studies import Size, make_run
+from studies.comparison.training import Run, train
 
 TINY = {
     "vit": Size(studies._vit(16, 32, 2, 14), 256, 1, 16),
@@ -263,7 +263,7 @@ def test_runs_are_not_repeated(images, tmp_path, monkeypatch):
     assert [result["test"] for (result,) in first] == [result["test"] for (result,) in second]
     third = Runner(runner.environment)
     assert third.missing(runs) == []
-    monkeypatch.setattr("comparison.runner.ProcessPoolExecutor", None)  # nothing may be started
+    monkeypatch.setattr("studies.comparison.runner.ProcessPoolExecutor", None)  # nothing may be started
     assert third(runs) == second
 
 

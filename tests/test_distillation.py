@@ -11,10 +11,10 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel,
 
 sys.path.insert(0, str(SCRIPTS))
 pytest.importorskip("datasets")
-import _objective
-from _arguments import DistillationArguments
-from _batches import COUNT, NUMBERS
-from _tasks import TASKS
+from finetuning import objective as _objective
+from finetuning.arguments.training import DistillationArguments
+from finetuning.batches import COUNT, NUMBERS
+from finetuning.tasks import TASKS
 
 
 def terms(task, student, teacher, batch, **weights):

@@ -1,4 +1,4 @@
-"""scripts/comparison/theory.py: its formulas against plain sums and full enumerations, and against measurements."""
+"""scripts/studies/theory: its formulas against plain sums and full enumerations, and against measurements."""
 
 import sys
 from itertools import combinations, permutations, product
@@ -10,7 +10,7 @@ from finetune_runs import SCRIPTS
 from hf_rps.folding import Fold
 
 sys.path.insert(0, str(SCRIPTS))
-from comparison import theory
+from studies import theory
 
 
 def pair(n, seed=0):

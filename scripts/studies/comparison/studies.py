@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from comparison.methods import METHODS, dense_model
-from comparison.runner import Runner, load
-from comparison.tasks import CPYTHON, FASHION_MNIST, TASKS
-from comparison.training import Run, train
+from studies.comparison.methods import METHODS, dense_model
+from studies.comparison.runner import Runner, load
+from studies.comparison.tasks import CPYTHON, FASHION_MNIST, TASKS
+from studies.comparison.training import Run, train
 
 # factors of about 3, from the rate at which a dense model hardly learns to that at which it diverges
 RATES = {"adamw": (1e-3, 3e-3, 1e-2, 3e-2), "sgd": (0.01, 0.03, 0.1, 0.3)}

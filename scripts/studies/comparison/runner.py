@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from comparison.tasks import CPYTHON, Data, load_images, load_text
-from comparison.training import Run
+from studies.comparison.tasks import CPYTHON, Data, load_images, load_text
+from studies.comparison.training import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _start_worker(threads: int) -> None:
 
 
 def _execute(run: Run, environment: Environment) -> list[dict]:
-    from comparison.methods import execute
+    from studies.comparison.methods import execute
 
     return execute(run, load(run, environment), torch.device(environment.device))
 

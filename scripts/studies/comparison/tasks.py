@@ -74,8 +74,9 @@ def _fashion_mnist(folder: Path) -> tuple[np.ndarray, ...]:
 
 def _image_dataset(name: str) -> tuple[np.ndarray, ...]:
     """The same of a data set of the Hub, or of a folder of images, by the loader of finetune.py."""
-    from _arguments import DataArguments
-    from _data import encode_labels, find_columns, load_splits
+    from finetuning.arguments.data import DataArguments
+    from finetuning.data.columns import encode_labels, find_columns
+    from finetuning.data.sources import load_splits
 
     arguments = DataArguments(dataset_name=name)
     splits = load_splits(arguments, "image-classification", seed=0)

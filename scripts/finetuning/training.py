@@ -1,14 +1,17 @@
-"""The training loop of finetune.py: optimizer steps, logs, evaluations, checkpoints, and how it stops."""
+"""The training loop of finetune.py: optimizer steps, logs, evaluations, checkpoints, and how it stops.
+
+A loop of its own, not transformers' Trainer or accelerate's loader: the loss and the gradient must not depend on how a
+global batch is dealt out to processes and passes, and a run must be able to go on, bit for bit, after any step.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,61 +21,17 @@ from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from _arguments import Arguments, TrainArguments
-from _batches import Batches
-from _evaluation import Evaluator
-from _files import History, checkpoints, delete_checkpoints, save_folder, write_json
-from _metrics import LOWER_IS_BETTER
-from _objective import SEQUENCES, TOKENS, Objective
-from _tasks import TASKS
+from finetuning.arguments.cli import Arguments
+from finetuning.batches import Batches
+from finetuning.evaluation import Evaluator
+from finetuning.files import History, checkpoints, delete_checkpoints, save_folder, write_json
+from finetuning.metrics import LOWER_IS_BETTER
+from finetuning.objective import SEQUENCES, TOKENS, Objective
+from finetuning.state import State
+from finetuning.stopping import Signals
+from finetuning.tasks import TASKS
 
 logger = logging.getLogger(__name__)
-
-
-def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.Optimizer:
-    """AdamW or SGD. Biases and norms do not decay; the shared array of RPS does, as the weights it stands for."""
-    norms = {
-        id(parameter)
-        for module in model.modules()
-        if "norm" in type(module).__name__.lower()
-        for parameter in module.parameters(recurse=False)
-    }
-    decay, fixed = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (fixed if id(parameter) in norms or name.endswith("bias") else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": fixed, "weight_decay": 0.0}]
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
-    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)  # no temporaries of the size of the array
-
-
-@dataclass
-class State:
-    """Where a run is; saved with every checkpoint.
-
-    Attributes:
-        step: Optimizer steps done.
-        epoch, position: The epoch, and how many of its samples were seen.
-        seconds: Time spent in steps.
-        losses: Of the steps since the last log entry.
-        epoch_losses: Of the logged steps of this epoch.
-        evaluated: The last step that was evaluated, and its metrics.
-        best: The best value of the metric, its step, and all metrics there.
-        worse: Evaluations since then.
-        rows: Rows of the history. A row of this very step may be missing or there: it is written after the checkpoint.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    position: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
-    epoch_losses: list[float] = field(default_factory=list)
-    evaluated: tuple[int, dict] = (-1, {})
-    best: tuple[float, int, dict] | None = None
-    worse: int = 0
-    rows: int = 0
 
 
 class Training:
@@ -109,7 +68,7 @@ class Training:
         self.state = State()
         self.pending: list[Tensor] = []  # losses of the steps since the last log entry, still on the device
         self.items, self.clock, self.learning_rate = 0, time.perf_counter(), self.args.learning_rate
-        self.signal: int | None = None  # that this process got
+        self.signals = Signals()
         self.stop_flag: Tensor | None = None  # how many processes had got one at the last step
         accelerator.register_for_checkpointing(self)
         accelerator.register_for_checkpointing(scheduler)
@@ -188,7 +147,7 @@ class Training:
             unit="step",
             disable=not self.accelerator.is_local_main_process,
         )
-        with progress, self._signals():
+        with progress, self.signals.noted():
             self.progress = progress
             while self.state.step < self.steps and not self._is_patience_over():
                 if not self._run_epoch():
@@ -229,7 +188,9 @@ class Training:
     def optimize(self, passes: list[dict]) -> None:
         """One optimizer step: forward and backward passes over ``passes``, of which all processes have as many."""
         counts = [self.objective.counts(batch) for batch in passes]
-        totals = torch.tensor([*map(sum, zip(*counts, strict=True)), self.signal is not None], dtype=torch.float64)
+        totals = torch.tensor(
+            [*map(sum, zip(*counts, strict=True)), self.signals.number is not None], dtype=torch.float64
+        )
         if self.accelerator.num_processes > 1:
             # float32 is exact to 16 million labels, more than a step has; mps has no float64
             totals = self.accelerator.reduce(totals.float().to(self.accelerator.device), "sum")
@@ -351,21 +312,3 @@ class Training:
     def _is_stopped(self) -> bool:
         """Whether any process had got a signal when this step began; the same answer in all of them."""
         return bool(self.stop_flag)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note SIGTERM and Ctrl-C, for the end of the step. A second one acts as usual."""
-
-        def note(number, frame) -> None:
-            self.signal = number
-            signal.signal(number, before[number])
-            logger.info(
-                f"{signal.Signals(number).name}: saving a checkpoint after this step; once more to quit at once"
-            )
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

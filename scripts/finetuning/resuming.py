@@ -7,10 +7,16 @@ import logging
 import shutil
 from pathlib import Path
 
-from _arguments import FREE_TO_CHANGE, Arguments
+from finetuning.arguments.cli import Arguments
 
 logger = logging.getLogger(__name__)
 
+# arguments that a resumed run may change without becoming another run
+FREE_TO_CHANGE = {
+    "output_dir", "overwrite_output_dir", "resume", "save_steps", "save_total_limit", "logging_steps", "report_to",
+    "dataloader_num_workers", "preprocessing_num_workers", "per_device_eval_batch_size", "eval_steps", "save_logits",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision",
+}  # fmt: skip
 # another value changes what is trained, so that the checkpoint does not fit or stands for something else
 _FIXED = ("ModelArguments", "DataArguments", "RPSArguments")
 

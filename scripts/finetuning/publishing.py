@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 
 import hf_rps
-from _arguments import Arguments, DataArguments, HubArguments
-from _tasks import TASKS
+from finetuning.arguments.cli import Arguments
+from finetuning.arguments.data import DataArguments
+from finetuning.arguments.model import HubArguments
+from finetuning.tasks import TASKS
 from hf_rps.integrations.model_card import write_model_card
 
 logger = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from comparison.tasks import TASKS, Data, make_config
-from comparison.training import Run, score, train
 from hf_rps import RPSConfig, get_rps_model
 from hf_rps.convert import initial_std
 from hf_rps.mapping import INIT_EXPONENT, Target, WeightMap
 from hf_rps.targets import find_targets
+from studies.comparison.tasks import TASKS, Data, make_config
+from studies.comparison.training import Run, score, train
 from studies.methods import BudgetError
 from studies.methods.at_start import prune_at_start
 from studies.methods.lottery_ticket import densities, global_magnitude_masks, rewind

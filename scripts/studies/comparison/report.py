@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullLocator
 
-from comparison.methods import METHODS
-from comparison.tasks import TASKS
+from studies.comparison.methods import METHODS
+from studies.comparison.tasks import TASKS
 
 _OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import Tensor, nn
 
-from _batches import COUNT, NUMBERS, Batches, model_inputs
-from _metrics import Accuracy, Cosine, GeneratedText, TokenLikelihood, WordLabels
-from _objective import Objective, mean_per_sequence, mean_pool
-from _tasks import TASKS
+from finetuning.batches import COUNT, NUMBERS, Batches, model_inputs
+from finetuning.metrics import Accuracy, Cosine, GeneratedText, TokenLikelihood, WordLabels
+from finetuning.objective import Objective, mean_per_sequence, mean_pool
+from finetuning.tasks import TASKS
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # forms in which a pass or a save needs all processes
 

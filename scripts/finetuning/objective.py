@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from _arguments import DistillationArguments
-from _batches import COUNT, model_inputs
-from _tasks import TASKS, Task
+from finetuning.arguments.training import DistillationArguments
+from finetuning.batches import COUNT, model_inputs
+from finetuning.tasks import TASKS, Task
 
 LABELS, TOKENS, SEQUENCES = range(3)  # what a term is a mean over
 

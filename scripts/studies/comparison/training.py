@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from comparison.tasks import TASKS, Batch, Data
+from studies.comparison.tasks import TASKS, Batch, Data
 
 WARMUP = 0.1  # share of the steps
 PROTOCOL = 1  # raised when a change of the code changes results, so that cached runs are not taken for new ones
