@@ -1,8 +1,10 @@
-"""Where a run is: what a checkpoint holds besides the model, the optimizer and the generators."""
+"""Where a run is, and under which names a checkpoint holds its weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+from accelerate import Accelerator
 
 
 @dataclass
@@ -31,3 +33,17 @@ class State:
     best: tuple[float, int, dict] | None = None
     worse: int = 0
     rows: int = 0
+
+
+def keep_plain_names(accelerator: Accelerator) -> None:
+    """Save weights under the model's own names, whatever wraps it: another number of processes can then load them."""
+
+    def unwrap_weights(models: list, weights: list, folder: str) -> None:
+        if weights:  # FSDP and DeepSpeed save their own
+            weights[:] = [accelerator.unwrap_model(model, keep_torch_compile=False).state_dict() for model in models]
+
+    def unwrap_models(models: list, folder: str) -> None:
+        models[:] = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in models]
+
+    accelerator.register_save_state_pre_hook(unwrap_weights)
+    accelerator.register_load_state_pre_hook(unwrap_models)

@@ -27,7 +27,7 @@ from finetuning.evaluation import Evaluator
 from finetuning.files import History, checkpoints, delete_checkpoints, save_folder, write_json
 from finetuning.metrics import LOWER_IS_BETTER
 from finetuning.objective import SEQUENCES, TOKENS, Objective
-from finetuning.state import State
+from finetuning.state import State, keep_plain_names
 from finetuning.stopping import Signals
 from finetuning.tasks import TASKS
 
@@ -72,9 +72,7 @@ class Training:
         self.stop_flag: Tensor | None = None  # how many processes had got one at the last step
         accelerator.register_for_checkpointing(self)
         accelerator.register_for_checkpointing(scheduler)
-        # names in a checkpoint are the model's own, whatever wraps it: another number of processes can then load it
-        accelerator.register_save_state_pre_hook(self._unwrap_weights)
-        accelerator.register_load_state_pre_hook(self._unwrap_models)
+        keep_plain_names(accelerator)
 
     # ---- what a checkpoint holds
 
@@ -83,16 +81,6 @@ class Training:
 
     def load_state_dict(self, state: dict) -> None:
         self.state = State(**state)
-
-    def _unwrap(self, model: nn.Module) -> nn.Module:
-        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
-
-    def _unwrap_weights(self, models: list, weights: list, folder: str) -> None:
-        if weights:  # FSDP and DeepSpeed save their own
-            weights[:] = [self._unwrap(model).state_dict() for model in models]
-
-    def _unwrap_models(self, models: list, folder: str) -> None:
-        models[:] = [self._unwrap(model) for model in models]
 
     def save(self) -> None:
         """Save a checkpoint of this step, unless there is one; none of a model that has diverged."""

@@ -61,7 +61,7 @@ def dense_model(run: Run, data: Data) -> Dense:
     return Dense(model, n, sum(parameter.numel() for parameter in model.parameters()) - n)
 
 
-# ---- one model a budget
+# ---- one model per budget
 
 Built = tuple[nn.Module, Stored]
 Builder = Callable[[Dense, float, Run, Data], Built]

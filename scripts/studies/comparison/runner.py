@@ -86,7 +86,7 @@ class Runner:
         return [run for run in dict.fromkeys(runs) if run.key not in self._known]
 
     def __call__(self, runs: Sequence[Run], what: str = "runs") -> list[list[dict]]:
-        """The results of ``runs``, in their order, a list a run. Long runs start first."""
+        """The results of ``runs``, in their order, a list per run. Long runs start first."""
         todo = sorted(self.missing(runs), key=lambda run: -len(run.compressions))
         for run, results in tqdm(self._finished(todo), total=len(todo), desc=what, disable=not todo):
             self._keep(run, results)

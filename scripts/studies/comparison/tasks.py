@@ -39,7 +39,7 @@ Batch = dict[str, Tensor]
 
 
 class Data(NamedTuple):
-    """A batch a split, whole: the tensors that the model is called with, labels among them, rows first."""
+    """A batch per split, whole: the tensors that the model is called with, labels among them, rows first."""
 
     train: Batch
     validation: Batch

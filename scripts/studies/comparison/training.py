@@ -79,8 +79,10 @@ def train(
 ) -> bool:
     """Train ``model`` from ``first_step`` to the last; returns False if the loss stopped being finite.
 
-    The order of the rows depends on the seed alone: every method sees the same batches, and a training that starts
-    later (after rewinding) sees those that were left. ``on_step`` gets the number of steps done and the last loss.
+    A loop of its own because lottery tickets rewind to a step and start there, and because it must be the same for
+    every method, in any dtype. The order of the rows depends on the seed alone: every method sees the same batches, and
+    a training that starts later (after rewinding) sees those that were left. ``on_step`` gets the number of steps done
+    and the last loss.
     """
     device = next(model.parameters()).device
     optimizer = make_optimizer(run.optimizer, model, run.learning_rate)
