@@ -7,7 +7,7 @@ import pytest
 from finetune_runs import SCRIPTS
 
 sys.path.insert(0, str(SCRIPTS))
-import bench
+from benchmark import cli as bench
 from benchmark import costs, report
 from benchmark.models import make
 from benchmark.runner import WORKS, Job, measure

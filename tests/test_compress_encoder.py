@@ -12,10 +12,10 @@ from transformers import BertConfig, BertModel
 
 sys.path.insert(0, str(SCRIPTS))
 pytest.importorskip("datasets")
-import compress_encoder
 from hf_rps import RPSConfig
 from hf_rps.targets import find_targets
 from studies import corpus as _corpus
+from studies.encoder import stages as compress_encoder
 
 CONFIG = RPSConfig(exclude_modules=["pooler.dense"])
 

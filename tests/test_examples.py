@@ -58,7 +58,7 @@ def test_adapters_of_the_comparison_have_equal_budgets(monkeypatch, method):
     from peft import get_peft_model
     from transformers import BertConfig, BertModel
 
-    from compare_adapters import adapter_config
+    from studies.adapters import adapter_config
 
     config = BertConfig(hidden_size=48, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4)
     for budget in (576, 1152):

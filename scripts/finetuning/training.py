@@ -161,7 +161,7 @@ class Training:
                 self.validate()
                 if self._is_patience_over():
                     return True
-            if self._is_stopped():
+            if self.stop_flag:  # the same in all processes
                 return False
             every = self.arguments.checkpoint.save_steps
             if every and state.step % every == 0:
@@ -296,7 +296,3 @@ class Training:
     def _is_patience_over(self) -> bool:
         patience = self.arguments.checkpoint.early_stopping_patience
         return patience is not None and self.state.worse >= patience
-
-    def _is_stopped(self) -> bool:
-        """Whether any process had got a signal when this step began; the same answer in all of them."""
-        return bool(self.stop_flag)
