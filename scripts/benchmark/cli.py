@@ -80,7 +80,7 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
 
 def _add_results(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--output", type=Path, metavar="FILE", help="append every finished row to FILE, a JSON line each"
+        "--output", type=Path, metavar="FILE", help="append every finished row to FILE, one JSON line each"
     )
     group.add_argument("--report", type=Path, nargs="+", metavar="FILE",
                      help="measure nothing; report the rows of these files, where later replace earlier")  # fmt: skip

@@ -9,7 +9,7 @@ A layer of R rows, C columns and k runs, on T tokens, in words of w bytes:
     further runs     k - 1 times launches of their own, and x is read and packed once more (2 w T C)
     made weights     3 passes over W (w R C each) forward, 4 backward, instead of row scale and further runs
     launches         operations issued one after the other
-    AdamW step       28 bytes a parameter in float32 (read four arrays, write three), and 12 for clipping
+    AdamW step       28 bytes per parameter in float32 (read four arrays, write three), and 12 for clipping
 
 Whether a weight is made is asked of the library itself, and k of its map.
 """
@@ -33,13 +33,13 @@ class Machine:
     """What the model knows of a machine.
 
     Attributes:
-        word: Bytes a number.
-        flops: Of large matrix products, a second.
-        memory, cache: Bandwidth, bytes a second.
+        word: Bytes per number.
+        flops: Of large matrix products, per second.
+        memory, cache: Bandwidth, bytes per second.
         one_token: The same of the memory for a library's product with one token, which may be less.
         cache_size: Bytes that stay in the cache.
-        fresh: Seconds a byte of memory that was not touched before, which blocks from ``fresh_from`` bytes on are.
-        launch: Seconds an operation, at least.
+        fresh: Seconds per byte of memory that was not touched before, which blocks from ``fresh_from`` bytes on are.
+        launch: Seconds per operation, at least.
         device: "cpu" or "cuda".
     """
 
@@ -145,7 +145,7 @@ def table(rows: list[dict]) -> str:
     lines = ["| stack | ratio | measured | predicted for this CPU | off by | predicted for an H200 |", "|" + "---|" * 6]
     for row in rows:
         if row["work"] != "stack" or row["form"] != "views" or row["part"] != 1 or row["n"] <= UNFOLD_UP_TO:
-            continue  # the model knows whole stacks only, and no weights that are made once a pass
+            continue  # the model knows whole stacks only, and no weights that are made once per pass
         cpu, gpu = (predict(row["model"], row["ratio"], row["tokens"], m, row["direction"]) for m in MACHINES)
         off = f"{100 * (cpu / row['time_ratio'] - 1):+.0f} %"
         work, measured = f"{row['model']}: {row['case']}", row["time_ratio"]

@@ -34,7 +34,7 @@ class Batches:
     Args:
         dataset: Rows, or a stream of rows.
         collate: Makes a batch, a dict of tensors, of a list of rows.
-        batch_size: Samples a process and a batch.
+        batch_size: Samples per process and batch.
         process_index, num_processes: Of all the processes, which one this is.
         seed: Of the order and of ``augment``.
         shuffle: Whether the order is random; a stream keeps the order that it has.
@@ -64,7 +64,7 @@ class Batches:
 
     @property
     def num_samples(self) -> int | None:
-        """Samples an epoch; None for a stream."""
+        """Samples per epoch; None for a stream."""
         return None if isinstance(self.dataset, Stream) else len(self.dataset)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[dict]:

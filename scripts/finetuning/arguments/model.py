@@ -36,7 +36,7 @@ class ModelArguments(CheckedArguments):
     )
     model_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the checkpoint.")
     ignore_mismatched_sizes: bool = HfArg(
-        default=False, help="Replace a head of another size than the number of labels by a fresh one."
+        default=False, help="Replace a head whose size is not the number of labels by a fresh one."
     )
 
     def __post_init__(self):

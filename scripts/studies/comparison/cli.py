@@ -55,7 +55,7 @@ class Arguments:
     workers: int = field(default=2, metadata={"help": "Runs at a time, each in a process of its own."})
     threads: int = field(default=1, metadata={"help": "Threads of torch in each."})
     device: str = field(default="cpu", metadata={"help": "Device of torch to train on."})
-    docs: bool = field(default=False, metadata={"help": "Also fill docs/comparison.md in."})
+    docs: bool = field(default=False, metadata={"help": "Also fill in docs/comparison.md."})
 
     def __post_init__(self):
         for name, choices in (("studies", STUDIES), ("tasks", TASKS), ("methods", METHODS)):

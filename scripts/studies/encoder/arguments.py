@@ -18,9 +18,12 @@ class Arguments:
     corpus_dir: str | None = HfArg(
         default=None, help="Folder of train.jsonl, validation.jsonl and test.jsonl with a column text; default: made."
     )
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": f"Of {', '.join(METHODS)}."})
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": f"Any of {', '.join(METHODS)}."}
+    )
     ratios: list[float] = field(
-        default_factory=lambda: [0.5, 0.25, 0.1], metadata={"help": "Bytes of the targeted weights, of the dense ones."}
+        default_factory=lambda: [0.5, 0.25, 0.1],
+        metadata={"help": "Bytes of the targeted weights over the dense ones'."},
     )
     steps: int = HfArg(default=3000, help="Optimizer steps of the long runs.")
     learning_rates: list[str] = field(

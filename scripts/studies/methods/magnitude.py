@@ -22,7 +22,7 @@ _INDEX_BYTES = 4
 def sparse_bytes(kept: int, n: int, value_bytes: int = 4) -> int:
     """Bytes that ``kept`` of ``n`` weights take: their values and where they are, or all n where that is smaller.
 
-    Where they are is told by one bit a weight or by an index of four bytes a kept weight, whichever is smaller.
+    Where they are is told by one bit per weight or by an index of four bytes per kept weight, whichever is smaller.
 
     >>> sparse_bytes(100, 1000), sparse_bytes(10, 1000), sparse_bytes(1000, 1000)
     (525, 80, 4000)

@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-_NORM = re.compile(r".*(Batch|Group|Instance|Layer|RMS)Norm(\dd)?")  # transformers has a class a model, of no base
+_NORM = re.compile(r".*(Batch|Group|Instance|Layer|RMS)Norm(\dd)?")  # of transformers there is one per model
 
 
 def is_norm(module: nn.Module) -> bool:

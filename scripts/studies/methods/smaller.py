@@ -33,11 +33,11 @@ def smaller_config(
     "width" scales the hidden size and the MLP's (``intermediate_size`` or ``n_inner``; None, a multiple of the hidden
     size, stays None), or the ``embedding_size`` and ``hidden_sizes`` of a ResNet, by one factor. The number of heads
     stays, so that the hidden size is a multiple of it (heads of an even size where positions are rotary); only below
-    two numbers a head are there fewer heads, of two. Key-value heads keep their share of the heads as far as that
+    two numbers per head are there fewer heads, of two. Key-value heads keep their share of the heads as far as that
     divides. A ResNet's sizes are at least 4.
 
     "depth" takes layers away; of a ResNet, block by block from the stage with the most (the last among equals), down to
-    one a stage.
+    one per stage.
 
     Args:
         build: Config to model, such as ``ViTForImageClassification``.
@@ -124,7 +124,7 @@ def _depths(config: PretrainedConfig) -> list[dict]:
         return [{"depths": each} for each in reversed(depths)]
     if not _has(config, "num_hidden_layers"):
         raise _unknown(config, "num_hidden_layers, or depths")
-    kinds = getattr(config, "layer_types", None)  # where layers differ, one name a layer
+    kinds = getattr(config, "layer_types", None)  # where layers differ, one name per layer
     return [
         {"num_hidden_layers": depth} | ({"layer_types": kinds[:depth]} if kinds else {})
         for depth in range(1, config.num_hidden_layers + 1)
