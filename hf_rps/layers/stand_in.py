@@ -81,8 +81,8 @@ class WeightStandIn(Tensor):
 def _refuse_gradient(gradient: Tensor) -> None:
     """Raise where a gradient arrives at a stand-in, which would lose it: a custom autograd function was given it."""
     raise RuntimeError(
-        "a custom autograd function was given the weight of a compressed layer, and its gradient would be lost. Give it "
-        "layer.dense_weight() instead"
+        "a custom autograd function was given the weight of a compressed layer, and its gradient would be lost. Give "
+        "it layer.dense_weight() instead"
     )
 
 

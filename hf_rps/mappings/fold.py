@@ -37,10 +37,20 @@ class Fold(Mapping):
     help = "RANDOMFOLD: weights are views, dense speed"
 
     def __init__(self, spans: Sequence[Span], ratio: float, key: int, base: int = 0):
-        self.n = spans[-1].stop
+        self.n, self.base = spans[-1].stop, base
         self.m, alignment = slots_for(self.n, ratio)
-        self.base = base
         self.shifts = draw_shifts(self.n, self.m, alignment, key, spans)
+
+    @classmethod
+    def of(cls, n: int, m: int, shifts: Sequence[int]) -> Fold:
+        """The fold of these sizes and shifts, whatever they are.
+
+        >>> Fold.of(10, 4, [1, 3, 0]).slots(0, 10).tolist()
+        [1, 2, 3, 0, 3, 0, 1, 2, 0, 1]
+        """
+        fold = cls.__new__(cls)
+        fold.n, fold.m, fold.base, fold.shifts = n, m, 0, tuple(shifts)
+        return fold
 
     def slots(self, start: int, stop: int) -> np.ndarray:
         """The slot of every weight of the flat range [start, stop), int64, by the formula."""

@@ -28,7 +28,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForImageClassification, ResNetConfig
 
 from hf_rps import RPSConfig, get_rps_model, to_dense
-from hf_rps.baselines.magnitude import most_kept, prune_by_magnitude, remove_pruning
 from hf_rps.conversion import find_bank
 from hf_rps.initial import check_weight, initial_std
 from hf_rps.layers.base import RPSLayer
@@ -39,6 +38,7 @@ from hf_rps.mappings.base import Target
 from hf_rps.mappings.weight_map import WeightMap
 from hf_rps.psi.bank import Bank
 from hf_rps.targets import find_targets
+from studies.methods.magnitude import most_kept, prune_by_magnitude, remove_pruning
 
 RESNETS = [
     tiny("resnet", "ResNetForImageClassification", "image", **RESNET, num_labels=5),

@@ -14,11 +14,7 @@ sizes = st.tuples(st.integers(1, 3000), st.integers(1, 3000)).map(lambda pair: (
 
 
 def make(n, m, key=7, alignment=1):
-    """A fold of any n and m, which :func:`slots_for` would round."""
-    fold = Fold.__new__(Fold)
-    fold.n, fold.m, fold.base = n, m, 0
-    fold.shifts = draw_shifts(n, m, alignment, key, [Span(0, n, 1)])
-    return fold
+    return Fold.of(n, m, draw_shifts(n, m, alignment, key, [Span(0, n, 1)]))
 
 
 @given(sizes, st.integers(0, 2**64 - 1))

@@ -7,18 +7,20 @@ import json
 import math
 from pathlib import Path
 
-import compare
 import numpy as np
 import pytest
 import torch
 import transformers
-from comparison import methods, report, studies, tasks
-from comparison.methods import METHODS
-from comparison.runner import Environment, Runner
-from comparison.studies import Size, make_run
-from comparison.training import Run, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from studies.comparison import cli as compare
+from studies.comparison import learning_rates, main_table, methods, report, stability, tasks
+from studies.comparison import presets as studies
+from studies.comparison.methods import METHODS
+from studies.comparison.presets import Size, make_run
+from studies.comparison.runner import Environment, Runner
+from studies.comparison.training import Run, train
 
 TINY = {
     "vit": Size(studies._vit(16, 32, 2, 14), 256, 1, 16),
@@ -57,7 +59,8 @@ def data(images):
 def tiny_presets(monkeypatch):
     """Both presets with models and data that train in a second."""
     preset = dataclasses.replace(studies.PRESETS["quick"], sizes=TINY, short=TINY, seeds=(0, 1))
-    monkeypatch.setattr(studies, "_LAW_RATES", {arm: rates[:3] for arm, rates in studies._LAW_RATES.items()})
+    law_rates = {arm: rates[:3] for arm, rates in learning_rates._LAW_RATES.items()}
+    monkeypatch.setattr(learning_rates, "_LAW_RATES", law_rates)
     monkeypatch.setitem(compare.PRESETS, "quick", preset)
     return preset
 
@@ -194,7 +197,7 @@ def test_divergence_counts_as_a_guess(data):
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.build is not None])
 def test_what_is_stored(task, method, data, monkeypatch):
     """Numbers in all are those of the model that is trained, but for weights that are held at zero."""
-    monkeypatch.setattr("hf_rps.baselines.at_start.SYNFLOW_ROUNDS", 5)
+    monkeypatch.setattr("studies.methods.at_start.SYNFLOW_ROUNDS", 5)
     data = tasks.load_text(32, 128) if task == "lm" else data
     run = tiny_run(method, task, compression=2)
     dense = methods.dense_model(run, data)
@@ -259,7 +262,7 @@ def test_runs_are_not_repeated(images, tmp_path, monkeypatch):
     assert [result["test"] for (result,) in first] == [result["test"] for (result,) in second]
     third = Runner(runner.environment)
     assert third.missing(runs) == []
-    monkeypatch.setattr("comparison.runner.ProcessPoolExecutor", None)  # nothing may be started
+    monkeypatch.setattr("studies.comparison.runner.ProcessPoolExecutor", None)  # nothing may be started
     assert third(runs) == second
 
 
@@ -313,8 +316,8 @@ def test_the_script_from_data_to_tables(images, tmp_path, tiny_presets, capsys):
 
 def test_stability_law_and_continuity_from_data_to_tables(images, tmp_path, tiny_presets, monkeypatch):
     """With STABLE-RPS and SGD the score is the same for every C; at 1x RPS is the dense model, ROAST is not."""
-    monkeypatch.setattr(studies, "INIT_STDS", (1e-3, 1e-1))
-    monkeypatch.setattr(studies, "RATES", {"adamw": (3e-3,), "sgd": (0.01, 0.1)})
+    monkeypatch.setattr(stability, "INIT_STDS", (1e-3, 1e-1))
+    monkeypatch.setattr(stability, "RATES", {"adamw": (3e-3,), "sgd": (0.01, 0.1)})
     compare.main(["--studies", "stability", "learning-rate", "continuity", "--seeds", "0",
                   "--fashion_mnist_dir", str(images), "--output_dir", str(tmp_path), "--workers", "1"])  # fmt: skip
     rows = {name: [json.loads(line) for line in (tmp_path / f"{name}-vit.jsonl").read_text().splitlines()]
@@ -358,7 +361,7 @@ def test_peak_of_a_parabola(top, bend, higher, first, count):
     """Exact for a parabola over the logarithm of evenly spaced rates; the end of the grid where the top is beyond."""
     logs = first + 0.7 * np.arange(count)
     scores = (-1 if higher else 1) * bend * (logs - top) ** 2
-    found = math.log(report.peak(list(np.exp(logs)), list(scores), higher))
+    found = math.log(learning_rates.peak(list(np.exp(logs)), list(scores), higher))
     if logs[0] + 0.36 < top < logs[-1] - 0.36:
         assert found == pytest.approx(top, abs=1e-6)
     else:
@@ -375,7 +378,7 @@ def test_law_finds_its_exponent(exponent, best):
                         for shift in (-0.1, 0.1)]}
         for c in (1, 4, 20) for rate in rates
     ]  # fmt: skip
-    (fit,) = report.law_fits(rows)
+    (fit,) = learning_rates.law_fits(rows)
     assert fit["exponent"] == pytest.approx(exponent, abs=1e-6)
     assert fit["best"][1] == pytest.approx(math.exp(best), rel=1e-6)
     assert fit["error"] > 0
@@ -389,7 +392,7 @@ def test_tables_mark_the_best_the_edges_and_the_unreachable():
         common | {"method": "snip", "compression": 10, "learning_rate": 0.1, "at_edge": True, "test": [3.0, 3.2]},
         {"task": "lm", "method": "depth", "compression": 10, "unreachable": "why"},
     ]
-    table = report.compare_table(rows)
+    table = main_table.compare_table(rows)
     assert "| RPS | **2.500 ± 0.000** at 0.01 |" in table  # fewer bits are better
     assert "| SNIP | 3.100 ± 0.141 at 0.1\\* |" in table
     assert "| smaller dense, depth | can't reach |" in table
@@ -406,7 +409,7 @@ def test_the_page_is_filled_between_its_marks(tmp_path):
 
 
 def test_the_page_has_a_place_for_every_table():
-    page = compare.PAGE.read_text()
+    page = report.PAGE.read_text()
     for name in ("main", "storage", "learning-rate", "continuity"):
         assert f"<!-- {name}-vit -->" in page
         assert f"<!-- {name}-convnet -->" in page

@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("evaluate")
 pytest.importorskip("sklearn")
-import _arguments  # noqa: E402
-import _data  # noqa: E402
-import _tasks  # noqa: E402
+from finetuning.arguments import cli as _arguments  # noqa: E402
+from finetuning.data import columns as _data  # noqa: E402
+from finetuning.data import encoding as _tasks  # noqa: E402
+from finetuning.data.sources import load_digits  # noqa: E402
 
 PYTHON, SCRIPT = sys.executable, str(SCRIPTS / "finetune.py")
 LAUNCH = [PYTHON, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
@@ -37,7 +38,7 @@ RELOAD = """
 import csv, json, sys, torch, transformers as t, hf_rps
 from pathlib import Path
 from safetensors.torch import load_file
-from _data import load_digits
+from finetuning.data.sources import load_digits
 
 def inputs(task, folder, test, count):
     if task == "image-classification":
@@ -228,7 +229,7 @@ def test_two_processes_equal_one(base, finetune, tmp_path, task, mode):
                 assert other[key] == pytest.approx(row[key], abs=1e-5, rel=1e-5), key
     assert results(two)["metrics"]["validation"] == pytest.approx(results(one)["metrics"]["validation"], rel=1e-4)
     parameters = results(two)["parameters"]
-    assert f"{4 * parameters['stored']:,} bytes of gradients are reduced a step over 2 processes" in log
+    assert f"{4 * parameters['stored']:,} bytes of gradients are reduced per step over 2 processes" in log
     assert parameters["stored"] == parameters["dense"] - parameters["n"] + parameters["m"]
 
 
@@ -323,8 +324,9 @@ def plugin(**fields):
     ],
 )
 def test_refuses_what_can_not_work(base, monkeypatch, tmp_path, kind, mode, message):
-    import finetune as script
     from accelerate.utils import DistributedType
+
+    from finetuning import launch as script
 
     fake = SimpleNamespace(
         distributed_type=DistributedType[kind], is_fsdp2=False, state=SimpleNamespace(deepspeed_plugin=plugin())
@@ -552,7 +554,7 @@ def test_blocks_keep_the_text():
 
 
 def test_digits_are_always_the_same():
-    digits = _data.load_digits()
+    digits = load_digits()
     assert {name: len(split) for name, split in digits.items()} == {"train": 1197, "validation": 150, "test": 450}
     assert digits["test"]["label"][:8] == [2, 0, 4, 9, 4, 1, 2, 4]
     assert digits["test"]["image"][0].size == (8, 8)

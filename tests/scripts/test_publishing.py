@@ -19,7 +19,7 @@ RUN = DIGITS | {
 }  # fmt: skip
 LOAD = """
 import sys, torch, hf_rps
-from _data import load_digits
+from finetuning.data.sources import load_digits
 from huggingface_hub import hf_hub_download
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 model = AutoModelForImageClassification.from_pretrained("user/digits")

@@ -30,7 +30,7 @@ DIGITS = {
 # reads {"fork": argv, "cwd":, "log":, "environment":} or {"wait": pid}; answers with a pid or an exit status
 _SERVER = """
 import json, os, sys, traceback
-import torch, finetune
+import torch, finetuning.run
 torch.set_num_threads(1)
 
 def fsdp2(make):  # accelerate refuses FSDP on a CPU; from prepare() on, all is what a GPU runs
@@ -64,12 +64,12 @@ for line in sys.stdin:
     os.dup2(log, 2)
     code, sharded = 1, os.environ.get("SHARDED_BY")
     if sharded == "fsdp2":
-        finetune.make_accelerator = fsdp2(finetune.make_accelerator)
+        finetuning.run.make_accelerator = fsdp2(finetuning.run.make_accelerator)
     elif sharded:
         from accelerate import PartialState
         PartialState(cpu=True)
     try:
-        finetune.main(order["fork"])
+        finetuning.run.main(order["fork"])
         code = 0
     except SystemExit as stop:
         code = stop.code

@@ -179,9 +179,9 @@ def _candidate(model: nn.Module, name: str, module: nn.Module, target: Target) -
     shape = None if candidate is None else tuple(candidate.weight.shape)
     if shape != (target.out_features, target.in_features):
         raise ValueError(
-            f"the checkpoint's shared weight {target.name!r} has shape {(target.out_features, target.in_features)}, but "
-            f"in {type(model).__name__} it is {shape or type(module).__name__}. Leave the sizes in config.json as they "
-            f"were"
+            f"the checkpoint's shared weight {target.name!r} has shape "
+            f"{(target.out_features, target.in_features)}, but in {type(model).__name__} it is "
+            f"{shape or type(module).__name__}. Leave the sizes in config.json as they were"
         )
     return candidate
 
