@@ -94,14 +94,13 @@ class Convolution(LayerKind):
     classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, self.classes)
+        kind = next((kind for kind in self.classes if isinstance(module, kind)), None)
+        if kind is None or set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
+            return False
+        return type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
 
     def can_share(self, module: nn.Module) -> bool:
-        kind = next(kind for kind in self.classes if isinstance(module, kind))
-        if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
-            return False
-        same = type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
-        return same and isinstance(module.weight, nn.Parameter) and not is_lazy(module.weight)
+        return module.weight is not None and not is_lazy(module.weight)
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)

@@ -14,7 +14,6 @@ Source: 'In defense of parameter sharing for model-compression' (ICLR 2024), sec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -83,13 +82,8 @@ class FoldMatrix(SharedMatrix):
 
     def __init__(self, fold: Fold, span: Span, scale: float, signs: np.ndarray):
         self.rows, self.cols = span.rows, span.cols
-        self._fold, self._span = fold, span
+        self.layout: RowLayout = row_layout(fold.runs(span.start, span.stop), span.rows, span.cols)
         self._factor = SignedScale(scale, signs)
-
-    @cached_property
-    def layout(self) -> RowLayout:
-        """Blocks of whole rows and split rows."""
-        return row_layout(self._fold.runs(self._span.start, self._span.stop), self.rows, self.cols)
 
     def factor(self, psi: Tensor) -> Tensor:
         """Scale times sign, (rows, 1), where psi is; of float32, or float64 where psi is."""

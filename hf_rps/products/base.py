@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -68,7 +69,17 @@ class Made(Product):
 
     def linear(self, x: Tensor, psi: Tensor, bias: Tensor | None) -> Tensor:
         weight = self.matrix.make(psi, self.base).to(x.dtype)
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        bias = None if bias is None else bias.to(x.dtype)
+        if x.dim() <= 2:
+            return F.linear(x, weight, bias)
+        # F.linear's output would be a view, and models that write to it (y += ...) refused by autograd
+        y = x.new_empty(*x.shape[:-1], weight.size(0))  # (..., rows)
+        inputs, flat = x.reshape(-1, x.size(-1)), y.view(-1, weight.size(0))
+        if bias is None:
+            torch.mm(inputs, weight.t(), out=flat)
+        else:
+            torch.addmm(bias, inputs, weight.t(), out=flat)
+        return y
 
     def gradients(self, gy: Tensor, x: Tensor, psi: Tensor, needs_x: bool, into: Tensor | None) -> Tensor | None:
         gx = gy @ self.matrix.make(psi, self.base).to(gy.dtype) if needs_x else None  # (tokens, cols)

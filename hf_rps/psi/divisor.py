@@ -95,7 +95,7 @@ def _load_pieces(weight_map: WeightMap) -> list[tuple[int, float]]:
 
 def load(weight_map: WeightMap) -> Tensor:
     """Gamma slot by slot, float64 (m,), on the CPU, from the matrices of any mapping."""
-    gamma = torch.zeros(weight_map.m, dtype=torch.float64)
+    gamma = torch.zeros(weight_map.m, dtype=torch.float64, device="cpu")  # also while a model is built on meta
     for target in weight_map.targets:
         weight_map.matrix(target.name).add_load(gamma)
     return gamma

@@ -14,7 +14,6 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_rps import RPSConfig, get_rps_model
 from hf_rps.layers.linear import RPSLinear
-from hf_rps.mappings import definition
 from hf_rps.mappings.base import Target
 from hf_rps.mappings.weight_map import WeightMap
 from hf_rps.psi.bank import Bank
@@ -67,7 +66,7 @@ def accumulated_in_bfloat16(model, x, gy):
     psi = model.bank.psi.detach().bfloat16().requires_grad_()
     outputs = []
     for i, target in enumerate(weight_map.targets):
-        outputs.append(F.linear(x[i], definition.weight(psi, weight_map, target.name)))
+        outputs.append(F.linear(x[i], weight_map.matrix(target.name).weight(psi)))
     torch.stack(outputs).backward(gy)
     return psi.grad
 

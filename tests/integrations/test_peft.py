@@ -161,15 +161,15 @@ def explicit(model, dense, ids):
     weights = {}
     for name, layer in layers(model).items():
         shared = layer.shared["default"]
-        slots = torch.from_numpy(shared.array.weight_map.slots(shared.name))
-        weight = layer._oriented(array[slots] * shared.factor(torch.device("cpu"), torch.float32))
+        weight = layer.kind.stored(definition.weight(array, shared.source.array.weight_map, shared.name))
         name = name.removeprefix("base_model.model.")
         weights[f"{name}.weight"] = weight + (dense.get_parameter(f"{name}.weight") if layer_is_delta(layer) else 0)
     loss = torch.func.functional_call(dense, weights, (), {"input_ids": ids, "labels": ids}).loss
     loss.backward()
-    return loss.detach(), array.grad / next(iter(layers(model).values())).shared["default"].array.divisor(
-        "cpu", array.dtype
-    )
+    gamma = torch.from_numpy(definition.gamma(shared.source.array.weight_map)).to(array)
+    gamma.masked_fill_(gamma == 0, 1)
+    scaling = shared.source.array.divisor.scaling
+    return loss.detach(), array.grad / {"projection": gamma, "norm": gamma.sqrt(), "none": 1.0}[scaling]
 
 
 def layer_is_delta(layer):
