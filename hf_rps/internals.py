@@ -29,11 +29,16 @@ def active_ddp() -> DistributedDataParallel | None:
     return DistributedDataParallel._get_active_ddp_module()
 
 
-def empty_tensor_of(cls: type[torch.Tensor], shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
-    """A tensor of class ``cls`` without memory: of ``shape``, with dtype, device and requires_grad of ``like``."""
-    return torch.Tensor._make_wrapper_subclass(
-        cls, shape, dtype=like.dtype, device=like.device, requires_grad=like.requires_grad
-    )
+def empty_tensor_of(
+    cls: type[torch.Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device, requires_grad: bool
+) -> torch.Tensor:
+    """A tensor of class ``cls`` without memory."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)
+
+
+def without_subclasses():
+    """A context in which tensor subclasses are plain tensors to torch's functions."""
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -62,6 +62,18 @@ class RPSLayer(nn.Module):
         """The weight for code that reads it directly; its numbers are made only when they are used."""
         return WeightStandIn.of(self.dense_weight, self.weight_shape, like=self.bank.psi)
 
+    @weight.setter
+    def weight(self, value) -> None:
+        raise AttributeError(
+            f"the weight of {self.name!r} is made from a shared array and can't be replaced; change the array (its "
+            f"bank's psi), or call hf_rps.to_dense(model) first"
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            type(self).weight.fset(self, param)  # raises
+        super().register_parameter(name, param)
+
     def to_dense(self) -> nn.Module:
         """A layer of the replaced kind with the same weight, in memory of its own, and the same bias."""
         weight = self.dense_weight().detach().contiguous()
