@@ -32,20 +32,23 @@ def convert(model: nn.Module, config: RPSSettings) -> Bank:
     prefix = base_prefix(model)
     for candidate in candidates:
         check_weight(candidate)
-    targets = [Target(map_name(c.name, prefix), *c.weight.shape, std=initial_std(c.weight)) for c in candidates]
+    targets = [Target(map_name(c.full_name, prefix), *c.weight.shape, std=initial_std(c.weight)) for c in candidates]
     weight_map = config.weight_map(targets)
     first = candidates[0].stored
     bank = Bank(weight_map, config.grad_scaling, device=first.device, dtype=first.dtype)
     bank.psi.requires_grad_(any(c.stored.requires_grad for c in candidates))
     initialise(bank.psi, weight_map, candidates, config.init_weights)
-    layers = {c.name: shared_layer(t.name, bank, c) for c, t in zip(candidates, targets, strict=True)}
-    install(model, bank, layers)
+    install(model, bank, stand_ins(bank, dict(zip([t.name for t in targets], candidates, strict=True))))
     return bank
 
 
-def shared_layer(name: str, bank: Bank, candidate: Candidate) -> RPSLayer:
-    """The layer that takes the place of ``candidate``, whose target in the bank's map is called ``name``."""
-    return candidate.kind.layer(name, bank, candidate.module, candidate.parameter)
+def stand_ins(bank: Bank, candidates: dict[str, Candidate]) -> dict[str, RPSLayer]:
+    """By name, the layers that take the place of those with ``candidates``, which go by their names in the map."""
+    names: dict[str, dict[str, str]] = {}  # by module, the targets of its parameters
+    for name, candidate in candidates.items():
+        names.setdefault(candidate.name, {})[candidate.parameter] = name
+    modules = {candidate.name: candidate for candidate in candidates.values()}
+    return {name: c.kind.stand_in(bank, c.module, names[name]) for name, c in modules.items()}
 
 
 def install(model: nn.Module, bank: Bank, replacements: dict[str, nn.Module]) -> None:

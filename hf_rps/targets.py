@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_rps.config import RPSSettings
-from hf_rps.layers.kinds import Candidate, kind_of, nouns, shareable_kind
+from hf_rps.layers.kinds import Candidate, candidates_of, kind_of, nouns, shareable_kind
 from hf_rps.names import base_model_of, base_prefix
 
 logger = logging.getLogger(__name__)
@@ -49,11 +49,11 @@ def _quantised(module: nn.Module) -> str | None:
     if isinstance(getattr(module, "qweight", None), torch.Tensor):
         return f"is quantised ({type(module).__name__})"
     kind = kind_of(module)
-    weight = None if kind is None else module._parameters.get(kind.parameter)
-    if weight is None:
-        return None
-    whole = weight.dtype.is_floating_point and weight.element_size() >= 2
-    return None if whole else f"has a weight of dtype {weight.dtype}"
+    weights = [] if kind is None else [module._parameters.get(parameter) for parameter in kind.parameters]
+    for weight in weights:
+        if weight is not None and not (weight.dtype.is_floating_point and weight.element_size() >= 2):
+            return f"has a weight of dtype {weight.dtype}"
+    return None
 
 
 def _read_by_torch(modules: dict[str, nn.Module]) -> set[nn.Module]:
@@ -133,8 +133,7 @@ def find_targets(
             )
         problem = _problem(module, uses, read_by_torch, adapters)
         if problem is None:
-            kind = kind_of(module)
-            candidates.append(Candidate(name, module, kind, kind.parameter))
+            candidates += candidates_of(name, module)
             continue
         if is_explicit(config):
             raise ValueError(
@@ -159,12 +158,12 @@ def _problem(module: nn.Module, uses: Counter, read_by_torch: set[nn.Module], ad
         names = nouns(adapters=False)
         known = " or ".join(name.removesuffix("s") for name in names)
         return f"a {type(module).__name__}, not a plain {known}"
-    weight = module._parameters[kind.parameter]
-    if uses[id(weight)] > 1:
+    weights = [module._parameters[parameter] for parameter in kind.parameters]
+    if any(uses[id(weight)] > 1 for weight in weights):
         return "tied to another module"
     if module in read_by_torch:
         return "part of a torch.nn attention or transformer layer, which reads its weight directly"
-    return "empty" if weight.numel() == 0 else None
+    return "empty" if any(weight.numel() == 0 for weight in weights) else None
 
 
 def _nothing_message(

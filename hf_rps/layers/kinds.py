@@ -18,22 +18,24 @@ from transformers.pytorch_utils import Conv1D
 from hf_rps.layers.base import RPSLayer
 from hf_rps.layers.convolution import RPSConv
 from hf_rps.layers.linear import RPSLinear, RPSTransposedLinear
+from hf_rps.psi.bank import Bank
 
 
 class LayerKind(ABC):
-    """One kind of layer with one weight matrix; a base class.
+    """One kind of layer; a base class.
 
     Attributes:
         noun: What users call such layers, in the plural.
         layer: The class that stands in for it.
-        parameter: Name of the parameter that is shared.
+        parameters: Names of the parameters that are shared. In a map a parameter called "weight" goes by the name of
+            its module, any other by its own full name.
         adapters: Whether PEFT adapters can take such layers.
         fallback: Chosen by default only in models that have no layer of the other kinds.
     """
 
     noun: ClassVar[str]
     layer: ClassVar[type[RPSLayer]]
-    parameter: ClassVar[str] = "weight"
+    parameters: ClassVar[tuple[str, ...]] = ("weight",)
     adapters: ClassVar[bool] = False
     fallback: ClassVar[bool] = False
 
@@ -52,6 +54,14 @@ class LayerKind(ABC):
     def stored(self, matrix: Tensor) -> Tensor:
         """Inverse of :meth:`matrix`, for the kinds that adapters take."""
         return matrix
+
+    def stand_in(self, bank: Bank, module: nn.Module, names: dict[str, str]) -> RPSLayer:
+        """The layer that takes the place of ``module``; ``names`` are its targets in the bank's map, by parameter.
+
+        Of a kind with several parameters some may stay dense.
+        """
+        ((parameter, name),) = names.items()
+        return self.layer(name, bank, module, parameter)
 
     def features(self, module: nn.Module) -> tuple[int, int]:
         """(out_features, in_features), also of a layer whose weight is packed or freed; for kinds of adapters."""
@@ -159,6 +169,24 @@ def shareable_kind(module: nn.Module) -> LayerKind | None:
     return kind if kind is not None and kind.can_share(module) else None
 
 
+def candidates_of(name: str, module: nn.Module) -> list[Candidate]:
+    """The weights of ``module``, called ``name``, that can be shared: none if its kind is not known."""
+    kind = shareable_kind(module)
+    return [] if kind is None else [Candidate(name, module, kind, parameter) for parameter in kind.parameters]
+
+
+def candidate_at(modules: dict[str, nn.Module], name: str) -> Candidate | None:
+    """The weight that is called ``name`` (see :attr:`Candidate.full_name`) among ``modules``, whatever its state.
+
+    None: there is no such module. The kind is None where the module is of no kind that is known.
+    """
+    if name in modules:
+        return Candidate(name, modules[name], kind_of(modules[name]))
+    owner, _, parameter = name.rpartition(".")
+    kind = kind_of(modules[owner]) if owner in modules else None
+    return Candidate(owner, modules[owner], kind, parameter) if kind and parameter in kind.parameters else None
+
+
 def nouns(adapters: bool) -> list[str]:
     """What users call the layers that can be shared, natively or by adapters."""
     return list(dict.fromkeys(kind.noun for kind in KINDS if kind.adapters or not adapters))
@@ -170,8 +198,13 @@ class Candidate:
 
     name: str
     module: nn.Module
-    kind: LayerKind
+    kind: LayerKind | None
     parameter: str = "weight"
+
+    @property
+    def full_name(self) -> str:
+        """What the weight is called among those of all modules."""
+        return self.name if self.parameter == "weight" else f"{self.name}.{self.parameter}"
 
     @property
     def stored(self) -> Tensor | None:

@@ -111,7 +111,7 @@ def choose(products: Sequence[Product], x: Tensor) -> Product:
 
 
 def _named(kind: type[Product], products: Sequence[Product], x: Tensor) -> Product:
-    return next((product for product in products if isinstance(product, kind)), products[-1])
+    return next((product for product in products if type(product) is kind), products[-1])
 
 
 def always(kind: type[Product]) -> Choice:

@@ -60,7 +60,7 @@ class SharedArray:
             return Reading(psi.detach().to(dtype), None)
         buffer = GradientBuffer()
         cast = None if psi.dtype == dtype else psi.detach().to(dtype)
-        return Reading(GradientSink.apply(psi, cast, buffer, self.divisor, self.passes), buffer)
+        return Reading(GradientSink.apply(psi, cast, buffer, self.divisor, self.passes.check_reentrant), buffer)
 
     def plain(self, psi: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """psi (m,) on ``device`` in ``dtype`` for the plain path: ordinary operations that compilers can trace."""

@@ -6,16 +6,11 @@ whatever hooks on psi (DDP, FSDP, gradient accumulation, clipping, GradScaler) s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from hf_rps import internals
 from hf_rps.psi.divisor import Divisor
-
-if TYPE_CHECKING:
-    from hf_rps.psi.passes import Passes
 
 
 class GradientBuffer:
@@ -46,12 +41,15 @@ class GradientBuffer:
 
 
 class GradientSink(torch.autograd.Function):
-    """Identity (or a cast made beforehand) from psi to its uses; backward returns buffer and gradient, divided."""
+    """Identity (or a cast made beforehand) from psi to its uses; backward returns buffer and gradient, divided.
+
+    ``check_nested`` is called in the backward pass of a sink that was made inside a backward pass, and may raise.
+    """
 
     @staticmethod
-    def forward(ctx, psi: Tensor, cast: Tensor | None, buffer: GradientBuffer, divisor: Divisor, passes: Passes):
+    def forward(ctx, psi: Tensor, cast: Tensor | None, buffer: GradientBuffer, divisor: Divisor, check_nested):
         ctx.set_materialize_grads(False)
-        ctx.buffer, ctx.divisor, ctx.passes, ctx.dtype = buffer, divisor, passes, psi.dtype
+        ctx.buffer, ctx.divisor, ctx.check_nested, ctx.dtype = buffer, divisor, check_nested, psi.dtype
         ctx.recomputed = internals.backward_id() != -1
         source = psi if cast is None else cast
         return source.view_as(source)
@@ -59,7 +57,7 @@ class GradientSink(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if ctx.recomputed:
-            ctx.passes.check_reentrant()
+            ctx.check_nested()
         total = ctx.buffer.take()
         if total is not None and not torch.is_grad_enabled():
             if grad is not None:

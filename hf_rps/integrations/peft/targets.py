@@ -15,7 +15,7 @@ from hf_rps.initial import check_weight, initial_std
 from hf_rps.integrations.peft.bank import AdapterBank
 from hf_rps.integrations.peft.config import RPSConfig
 from hf_rps.integrations.peft.layers import AdapterLinear, ReplaceLinear
-from hf_rps.layers.kinds import Candidate, kind_of
+from hf_rps.layers.kinds import Candidate, candidate_at, kind_of
 from hf_rps.mappings.base import Target
 from hf_rps.names import base_prefix, map_name, module_name
 from hf_rps.targets import chosen_names, find_targets, is_explicit
@@ -106,16 +106,16 @@ def _recorded(model: nn.Module, modules: dict[str, nn.Module], targets: dict[str
     """The modules that an adapter's config records, by name."""
     candidates = []
     for name, target in targets.items():
-        module = modules.get(name)
-        kind = None if module is None else kind_of(module)
-        if kind is None or not kind.adapters or not isinstance(getattr(module, kind.parameter), torch.Tensor):
+        candidate = candidate_at(modules, name)
+        kind = None if candidate is None else candidate.kind
+        if kind is None or not kind.adapters or not isinstance(candidate.stored, torch.Tensor):
             raise ValueError(
                 f"the adapter's config records the module {name!r}, but {type(model).__name__} has no such linear "
                 f"layer. Load the adapter on the kind of model that it was made for; for a new adapter, make a new "
                 f"RPSConfig"
             )
-        candidates.append(Candidate(name, module, kind, kind.parameter))
-        shape = tuple(candidates[-1].weight.shape)
+        candidates.append(candidate)
+        shape = tuple(candidate.weight.shape)
         if shape != (target.out_features, target.in_features):
             raise ValueError(
                 f"the adapter's config records the module {name!r} with shape "

@@ -39,8 +39,7 @@ def mark(model: nn.Module, quantizer: HfQuantizer, bank: Bank) -> None:
             # transformers writes them into the card of every push, where a reader can see what to import
             "model_tags": tags,
         }
-        saved = {name: owner.__dict__.get(name, _ABSENT) for name in (*marks, "_keys_to_ignore_on_load_unexpected")}
-        owner.__dict__.setdefault(_SAVED, saved)
+        owner.__dict__.setdefault(_SAVED, {name: owner.__dict__.get(name, _ABSENT) for name in marks})
         for name, value in marks.items():
             setattr(owner, name, value)
         owner.config.quantization_config = config
@@ -53,6 +52,7 @@ def unmark(model: nn.Module) -> None:
             owner.__dict__.pop(name, None)
             if value is not _ABSENT:
                 setattr(owner, name, value)
+        owner.__dict__.pop("_keys_to_ignore_on_load_unexpected", None)  # loading a checkpoint put it there
         for name in ("quantization_config", "_is_quantized"):
             owner.config.__dict__.pop(name, None)
 

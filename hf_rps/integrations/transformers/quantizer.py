@@ -18,7 +18,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_rps.config import RPSSettings
-from hf_rps.conversion import convert, find_bank, install, revert, shared_layer
+from hf_rps.conversion import convert, find_bank, install, revert, stand_ins
 from hf_rps.integrations.transformers.marks import is_transformers_model, mark, unmark
 from hf_rps.integrations.transformers.quantization_config import FORMAT_VERSION, RPSQuantizationConfig
 from hf_rps.integrations.transformers.weights_files import (
@@ -30,7 +30,7 @@ from hf_rps.integrations.transformers.weights_files import (
     whole_state,
 )
 from hf_rps.layers.base import RPSLayer
-from hf_rps.layers.kinds import Candidate, kind_of
+from hf_rps.layers.kinds import Candidate, candidate_at
 from hf_rps.mappings.base import Target
 from hf_rps.mappings.weight_map import WeightMap
 from hf_rps.names import bank_prefix, base_prefix, module_name, psi_key
@@ -80,10 +80,10 @@ class RPSQuantizer(HfQuantizer):
     def _compressed_layers(self, model, weight_map: WeightMap) -> dict[str, RPSLayer]:
         config, prefix = self.quantization_config, base_prefix(model)
         modules = dict(model.named_modules())
-        found = {t.name: modules.get(module_name(t.name, prefix)) for t in weight_map.targets}
-        missing = [name for name, module in found.items() if module is None and name not in config.unused_modules]
+        found = {t.name: candidate_at(modules, module_name(t.name, prefix)) for t in weight_map.targets}
+        missing = [name for name, found_one in found.items() if found_one is None and name not in config.unused_modules]
         same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
-        if all(module is None for module in found.values()) or (missing and same_class):
+        if not any(found.values()) or (missing and same_class):
             absent = missing or list(found)
             raise ValueError(
                 f"the checkpoint shares the weights of {absent[0]!r} ({len(absent)} such in all), but "
@@ -93,16 +93,12 @@ class RPSQuantizer(HfQuantizer):
         if missing:
             logger.warning("%s does not use %d shared weights of the checkpoint: %s",
                            type(model).__name__, len(missing), ", ".join(missing))  # fmt: skip
-        config.unused_modules = [name for name, module in found.items() if module is None]
+        config.unused_modules = [name for name, candidate in found.items() if candidate is None]
+        candidates = {name: candidate for name, candidate in found.items() if candidate is not None}
+        for name, candidate in candidates.items():
+            _check_shape(model, candidate, weight_map.target(name))
         bank = Bank(weight_map, config.rps.grad_scaling, device="meta", dtype=_target_dtype(model))
-        layers = {}
-        for target in weight_map.targets:
-            module = found[target.name]
-            if module is None:
-                continue
-            candidate = _candidate(model, module_name(target.name, prefix), module, target)
-            layers[candidate.name] = shared_layer(target.name, bank, candidate)
-        return layers
+        return stand_ins(bank, candidates)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
@@ -171,19 +167,16 @@ def _arguments_of_save_pretrained() -> tuple[bool, dict[str, Tensor] | None]:
     return frame.f_locals.get("is_main_process", True), frame.f_locals.get("state_dict")
 
 
-def _candidate(model: nn.Module, name: str, module: nn.Module, target: Target) -> Candidate:
-    """The weight of ``module``, which the checkpoint records as ``target``."""
-    kind = kind_of(module)
-    weight = None if kind is None else module._parameters.get(kind.parameter)
-    candidate = None if weight is None else Candidate(name, module, kind, kind.parameter)
-    shape = None if candidate is None else tuple(candidate.weight.shape)
+def _check_shape(model: nn.Module, candidate: Candidate, target: Target) -> None:
+    """Refuse a model in which the weight that the checkpoint records as ``target`` is of another kind or shape."""
+    weight = None if candidate.kind is None else candidate.stored
+    shape = None if weight is None else tuple(candidate.weight.shape)
     if shape != (target.out_features, target.in_features):
         raise ValueError(
             f"the checkpoint's shared weight {target.name!r} has shape "
             f"{(target.out_features, target.in_features)}, but in {type(model).__name__} it is "
-            f"{shape or type(module).__name__}. Leave the sizes in config.json as they were"
+            f"{shape or type(candidate.module).__name__}. Leave the sizes in config.json as they were"
         )
-    return candidate
 
 
 def sentinel_key(model: nn.Module) -> str:

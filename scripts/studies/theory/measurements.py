@@ -138,8 +138,9 @@ def study(
     With a sign per weight the n weights are one matrix of one column, in which
     :func:`hf_rps.mappings.fold.draw_shifts` has no rows to keep from coinciding, so that rotations are uniform as the
     formula has them. With a sign per row they are a square matrix, in which rotations that lay whole rows on whole
-    rows are avoided where a row is at most m/4 long. The prediction leaves this out: at n = 4096 it concerns one rotation in
-    64 per pair of partitions (one in 32 where 64 does not divide m), less than what the measurement can tell.
+    rows are avoided where a row is at most m/4 long. The prediction leaves this out: at n = 4096 it concerns one
+    rotation in 64 per pair of partitions (one in 32 where 64 does not divide m), less than what the measurement can
+    tell.
 
     Args:
         trials: Seeds (of maps or of draws) behind every measured number.
