@@ -14,9 +14,8 @@ from hf_rps.mappings.base import SharedMatrix
 from hf_rps.mappings.fold import FoldMatrix
 from hf_rps.products.base import Product, register
 
-# How many weights a device can piece together in the time that a run of its own costs: measured on a CPU
-# (docs/benchmarks.md). On a GPU a run costs launches, and made weights were the quicker in all of 140 cases but those
-# of one run.
+# How many weights can be pieced together on a CPU in the time that a run of its own costs; docs/benchmarks.md has the
+# measurement. On a GPU a run costs launches, and made weights are quicker (docs/design.md).
 _WEIGHTS_PER_RUN = 1 << 15
 _SHARE_OUT_FROM = 1 << 18  # weights from which the product with a single token is shared out between threads
 
