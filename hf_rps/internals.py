@@ -29,6 +29,11 @@ def active_ddp() -> DistributedDataParallel | None:
     return DistributedDataParallel._get_active_ddp_module()
 
 
+def current_stream(device: int) -> int:
+    """Handle of the current CUDA stream of ``device``, without the object around it."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
 def empty_tensor_of(cls: type[torch.Tensor], shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
     """A tensor of class ``cls`` without memory: of ``shape``, with dtype, device and requires_grad of ``like``."""
     return torch.Tensor._make_wrapper_subclass(

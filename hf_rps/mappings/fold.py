@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +69,18 @@ class Fold(Mapping):
         return FoldMatrix(self, span, scale, signs)
 
 
+class Rotations(NamedTuple):
+    """The fold as one matrix meets it: weight j (row-major) is on slot base + (t mod m + shifts[t div m]) mod m.
+
+    t = start + j, with start in [0, m); there is a shift for every partition that the matrix meets.
+    """
+
+    m: int
+    base: int
+    start: int
+    shifts: tuple[int, ...]
+
+
 class FoldMatrix(SharedMatrix):
     """A matrix whose rows are contiguous in psi, with one scale and sign per row: W[r] = factor[r] * psi[run of r]."""
 
@@ -80,6 +93,12 @@ class FoldMatrix(SharedMatrix):
     def layout(self) -> RowLayout:
         """Blocks of whole rows and split rows."""
         return row_layout(self._fold.runs(self._span.start, self._span.stop), self.rows, self.cols)
+
+    @property
+    def rotations(self) -> Rotations:
+        fold, span = self._fold, self._span
+        first, start = divmod(span.start, fold.m)
+        return Rotations(fold.m, fold.base, start, tuple(fold.shifts[first : (span.stop - 1) // fold.m + 1]))
 
     def factor(self, psi: Tensor) -> Tensor:
         """Scale times sign, (rows, 1), where psi is; of float32, or float64 where psi is."""

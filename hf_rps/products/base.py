@@ -49,6 +49,10 @@ class Product(ABC):
         """:meth:`linear` for inference under a compiler, by operations that it can follow and fuse."""
         return F.linear(x, self.matrix.weight(psi), bias)
 
+    def kept_tensors(self) -> list[Tensor]:
+        """The tensors that this object keeps beside its matrix's, on every device where they were used."""
+        return []
+
 
 class Made(Product):
     """W made for the time of one product and dropped after it; made again in the backward pass.
