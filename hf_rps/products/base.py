@@ -100,7 +100,10 @@ def products_of(matrix: SharedMatrix) -> tuple[Product, ...]:
 
 def choose(products: Sequence[Product], x: Tensor) -> Product:
     """The first of ``products`` that fits x."""
-    return next(product for product in products if product.fits(x))
+    for product in products:  # asked on every call: a generator would double its cost
+        if product.fits(x):
+            return product
+    raise ValueError(f"no product fits an input of shape {tuple(x.shape)}, which Made always does; is it missing?")
 
 
 def _named(kind: type[Product], products: Sequence[Product], x: Tensor) -> Product:

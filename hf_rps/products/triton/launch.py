@@ -84,11 +84,11 @@ class Launcher:
         return True
 
     def _launch(self, tensors: tuple[Tensor | None, ...], scalars: tuple[int, ...]) -> None:
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        aligned = True
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        bits = 0
         for address in addresses:
-            if address is not None and address % 16:
-                aligned = False
+            bits |= address
+        aligned = not bits % 16
         if aligned and self._run is not None:
             self._run(
                 *self._grid, internals.current_stream(self._device), self._function, self._packed, None, None, None,

@@ -45,10 +45,10 @@ class TritonProduct(Made):
         """False where an argument has to be brought into shape, or refused, by torch's own product."""
         device = x.get_device()
         return (
-            usable(psi)
-            and x.dtype == psi.dtype
+            x.dtype == psi.dtype
             and x.size(-1) == self.matrix.cols
             and psi.get_device() == device
+            and usable(psi)
             and (bias is None or (bias.get_device() == device and bias.is_contiguous()))
         )
 
