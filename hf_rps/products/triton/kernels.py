@@ -42,18 +42,18 @@ def _slot(place, here, following, m):
     return slot + tl.where(slot < 0, m, 0)
 
 
-@triton.jit(do_not_specialize=["m", "start", "base"])
+@triton.jit(do_not_specialize=["m", "start", "base", "rows"])
 def one_token(
-    x, psi, y, bias, shifts, factor, m, start, base,
-    ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, BIAS: tl.constexpr,
+    x, psi, y, bias, shifts, factor, m, start, base, rows,
+    COLS: tl.constexpr, ALIGN: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """y (ROWS,) = W x (COLS,) + bias, summed in float32. Each program takes BLOCK_ROWS rows.
+    """y (rows,) = W x (COLS,) + bias, summed in float32. Each program takes BLOCK_ROWS rows.
 
     It is bound by memory, so the sum stays one of products in registers; they are added up over a row at the end.
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    inside = row < ROWS
+    inside = row < rows
     row = tl.where(inside, row, 0)
     m, start = m * ALIGN, start * ALIGN
     psi += base * ALIGN
@@ -71,15 +71,15 @@ def one_token(
     tl.store(y + row, out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["m", "start", "base", "tokens"])
+@triton.jit(do_not_specialize=["m", "start", "base", "rows", "tokens"])
 def few_tokens(
-    x, psi, y, bias, tokens, shifts, factor, m, start, base,
-    ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, BIAS: tl.constexpr,
+    x, psi, y, bias, tokens, shifts, factor, m, start, base, rows,
+    COLS: tl.constexpr, ALIGN: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """y (tokens, ROWS) = x (tokens, COLS) W^T + bias for up to 16 tokens, on the matrix units, summed in float32."""
+    """y (tokens, rows) = x (tokens, COLS) W^T + bias for up to 16 tokens, on the matrix units, summed in float32."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    inside = row < ROWS
+    inside = row < rows
     row = tl.where(inside, row, 0)
     m, start = m * ALIGN, start * ALIGN
     psi += base * ALIGN
@@ -99,19 +99,19 @@ def few_tokens(
     if BIAS:
         out += tl.load(bias + row).to(tl.float32)[:, None]
     mask = inside[:, None] & (token[None, :] < tokens)
-    tl.store(y + token[None, :] * ROWS + row[:, None], out.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + token[None, :] * rows + row[:, None], out.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["m", "start", "base"])
+@triton.jit(do_not_specialize=["m", "start", "base", "rows"])
 def whole_weight(
-    psi, out, added, shifts, factor, m, start, base,
-    ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, ADDED: tl.constexpr,
+    psi, out, added, shifts, factor, m, start, base, rows,
+    COLS: tl.constexpr, ALIGN: tl.constexpr, ADDED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """out (ROWS, COLS) = W or added + W, rounded once. Each program writes BLOCK_ROWS x BLOCK_COLS of it."""
+    """out (rows, COLS) = W or added + W, rounded once. Each program writes BLOCK_ROWS x BLOCK_COLS of it."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    inside = row < ROWS
+    inside = row < rows
     row = tl.where(inside, row, 0)
     m, start = m * ALIGN, start * ALIGN
     psi += base * ALIGN
@@ -125,12 +125,12 @@ def whole_weight(
     tl.store(out + flat, weight.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["m", "start", "base", "partitions"])
+@triton.jit(do_not_specialize=["m", "start", "base", "rows", "partitions"])
 def add_adjoint(
-    gradient, into, shifts, factor, m, start, base, partitions,
-    ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    gradient, into, shifts, factor, m, start, base, rows, partitions,
+    COLS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """into (m,) += R^T gradient (ROWS, COLS). Each program gathers what falls on BLOCK slots; no atomics.
+    """into (m,) += R^T gradient (rows, COLS). Each program gathers what falls on BLOCK slots; no atomics.
 
     Program (b, i) takes block b of the slots of partition i, and leaves out what partition 0 reaches where i is 1.
     Every partition after these two lies on slots that they reach. Each slot is thus written once, with its sum taken in
@@ -139,7 +139,7 @@ def add_adjoint(
     i = tl.program_id(1)
     m, start = m * ALIGN, start * ALIGN
     into += base * ALIGN
-    weights: tl.constexpr = ROWS * COLS
+    weights = rows * COLS
     place = tl.where(i == 0, start, 0) + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     owned = (place < m) & (place - start < weights - i * m)
     slot = place + (tl.load(shifts + i) * ALIGN - m)

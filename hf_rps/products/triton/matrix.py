@@ -13,11 +13,12 @@ from hf_rps.products.triton.launch import Launcher, loaded
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
-# Blocks are fixed, by shape only: a kernel that tunes itself would take seconds for each shape of a model and could
-# choose another order of summation on every start. Four warps of 32 threads, each with up to four loads of 16 bytes
-# under way, hide the memory's latency when some ten programs share a multiprocessor.
+# Blocks are fixed, by shape and dtype only: a kernel that tunes itself would take seconds for each shape of a model, and
+# could choose another order of summation on every start. Four warps of 32 threads, each thread with four loads of 16
+# bytes under way, hide the memory's latency where some ten programs share a multiprocessor.
 _ROWS, _COLS = 4, 1024  # one token: rows of a program, and how much of them is read at once
-_DOT_ROWS, _DOT_COLS, _DOT_STAGES = 16, 256, 3  # few tokens: the least tile of the matrix units; three tiles in flight
+_DOT_ROWS, _DOT_BYTES = 16, 512  # few tokens: the matrix units' least tile, and bytes of a row that are read at once
+_STAGES = 4  # such tiles under way: 64 KiB with the inputs, which GPUs from Ampere on have
 _TILE, _TILE_COLS = 4096, 256  # weights that a program makes; a warp reads 256 neighbours in 16-bit precision
 _SLOTS = 2048  # slots of a program that gathers a gradient
 
@@ -109,9 +110,9 @@ class _Place:
         self.partitions, self.reach = len(shifts), min(m, matrix.rows * matrix.cols)
         # one more than there are partitions: kernels read the next one's before they know that there is none
         table = [shift // align for shift in (*shifts, 0)]
-        self.shifts = torch.tensor(table, dtype=torch.int32).to(psi.device)  # (partitions + 1,)
-        self.fixed = (self.shifts, matrix.factor(psi), m // align, start // align, base // align)
-        self.constants = (*self.shape, align)
+        self.shifts = torch.tensor(table, dtype=torch.int32, device="cpu").to(psi.device)  # (partitions + 1,)
+        self.fixed = (self.shifts, matrix.factor(psi), m // align, start // align, base // align, matrix.rows)
+        self.constants = (matrix.cols, align)
         self._launchers: dict[tuple, Launcher] = {}
 
     def product(self, one: bool, dtype: torch.dtype, bias: torch.dtype | None) -> Launcher:
@@ -120,12 +121,12 @@ class _Place:
         launcher = self._launchers.get(key)
         if launcher is None:
             rows, cols = self.shape
-            block_rows, most = (_ROWS, _COLS) if one else (_DOT_ROWS, _DOT_COLS)
+            block_rows, most = (_ROWS, _COLS) if one else (_DOT_ROWS, _DOT_BYTES // dtype.itemsize)
             launcher = self._launchers[key] = Launcher(
                 loaded().one_token if one else loaded().few_tokens,
                 (-(-rows // block_rows), 1, 1),
                 (*self.fixed, *self.constants, bias is not None, block_rows, _block(cols, most)),
-                self.device, num_warps=4, num_stages=_DOT_STAGES,
+                self.device, num_warps=4, num_stages=_STAGES,
             )  # fmt: skip
         return launcher
 
