@@ -145,8 +145,8 @@ def _graph(work: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def _microseconds(work: Callable[[], None], device: str, rounds: int = 5) -> float:
-    """Median over rounds of the time of one call. A round has some ten milliseconds' worth of calls."""
+def _microseconds(work: Callable[[], None], device: str, rounds: int = 3) -> float:
+    """Median over rounds of the time of one call. A round is some six milliseconds long."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def timed(calls: int) -> float:
@@ -161,7 +161,7 @@ def _microseconds(work: Callable[[], None], device: str, rounds: int = 5) -> flo
     first = timed(2)
     if first > 0.05:
         return round(first * 1e6, 2)
-    calls = max(3, min(200, int(0.01 / first)))
+    calls = max(3, min(200, int(0.006 / first)))
     return round(statistics.median(timed(calls) for _ in range(rounds)) * 1e6, 2)
 
 

@@ -13,12 +13,12 @@ from hf_rps.products.triton.launch import Launcher, loaded
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
-# Blocks are fixed, by shape and dtype only: a kernel that tunes itself would take seconds for each shape of a model, and
-# could choose another order of summation on every start. Four warps of 32 threads, each thread with four loads of 16
-# bytes under way, hide the memory's latency where some ten programs share a multiprocessor.
+# Blocks are fixed, by shape and dtype only: a kernel that tunes itself would take seconds for each shape of a model,
+# and could choose another order of summation on every start. Four warps of 32 threads, each thread with four loads of
+# 16 bytes under way, hide the memory's latency where some ten programs share a multiprocessor.
 _ROWS, _COLS = 4, 1024  # one token: rows of a program, and how much of them is read at once
 _DOT_ROWS, _DOT_BYTES = 16, 512  # few tokens: the matrix units' least tile, and bytes of a row that are read at once
-_STAGES = 4  # such tiles under way: 64 KiB with the inputs, which GPUs from Ampere on have
+_STAGES = 4  # of the pipeline: three such tiles under way, with the inputs 48 KiB of shared memory
 _TILE, _TILE_COLS = 4096, 256  # weights that a program makes; a warp reads 256 neighbours in 16-bit precision
 _SLOTS = 2048  # slots of a program that gathers a gradient
 
@@ -28,7 +28,7 @@ def can_serve(matrix: SharedMatrix) -> bool:
     if not isinstance(matrix, FoldMatrix):
         return False
     m, base, *_ = matrix.rotations
-    # kernels read past the end of a block before they mask it, hence the margin
+    # kernels count on to the end of a block before they mask what is beyond the row, hence the margin
     return matrix.cols <= m and m + max(base, matrix.rows * matrix.cols) < 2**31 - 2**16
 
 
