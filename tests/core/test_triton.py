@@ -9,6 +9,7 @@ import os
 import pickle
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,6 +168,30 @@ def test_segments_of_the_array():
     weight_map.matrix("it").add_adjoint(expected, gradient)
     matrix.add_adjoint(into, gradient)
     torch.testing.assert_close(into, expected)
+
+
+@triton_runs
+@pytest.mark.parametrize("seed", range(30))
+def test_random_shapes(seed):
+    random = np.random.default_rng(seed)
+    rows, cols = int(random.integers(1, 80)), int(random.integers(1, 10)) * int(random.choice([1, 2, 4, 8]))
+    others = [Target(f"{i}", int(random.integers(1, 40)), int(random.integers(1, 60)), 0.1) for i in range(3)]
+    targets = [*others[: seed % 4], Target("it", rows, cols, 0.1), *others[seed % 4 :]]
+    n = sum(target.numel for target in targets)
+    weight_map = WeightMap(targets, ratio=max(min(1.0, 10 ** random.uniform(-2, 0)), (cols + 8) / n), seed=seed)
+    matrix, psi = weight_map.matrix("it"), array(weight_map)
+    assert TritonProduct.accepts(matrix)
+    kernel, exact = KernelMatrix(matrix), exact_weight(psi, weight_map)
+    torch.testing.assert_close(kernel.make(psi).double(), exact, rtol=1e-6, atol=0)
+    tokens = int(random.integers(1, 17))
+    x, bias = torch.randn(tokens, cols, device=DEVICE), torch.randn(rows, device=DEVICE)
+    assert distance(kernel.few(x, psi, bias, tokens), F.linear(x.double(), exact, bias.double())) < 1e-4
+    into, gradient = torch.zeros_like(psi), torch.randn(rows, cols, device=DEVICE)
+    expected = torch.zeros_like(psi, dtype=torch.float64)
+    matrix.add_adjoint(expected, gradient.double())
+    kernel.add_adjoint(into, gradient)
+    assert distance(into, expected) < 1e-5
+    assert not launch._failures
 
 
 def layer_of(weight_map, bias=True, dtype=torch.float32):
