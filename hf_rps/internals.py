@@ -24,9 +24,19 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def apply_function(function: type[torch.autograd.Function], *args):
+    """``function.apply(*args)`` outside torch.func's transforms, without its search for what they left in ``args``."""
+    return super(torch.autograd.Function, function).apply(*args)
+
+
 def active_ddp() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward call runs in this thread."""
     return DistributedDataParallel._get_active_ddp_module()
+
+
+def current_stream(device: int) -> int:
+    """Handle of the current CUDA stream of ``device``, without the object around it."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def empty_tensor_of(

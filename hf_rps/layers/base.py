@@ -104,7 +104,8 @@ class RPSLayer(nn.Module):
 
     def kept_tensors(self) -> list[Tensor]:
         """The tensors that this layer keeps beside psi and its bias."""
-        return self.shared.matrix.kept_tensors()
+        kept = self.shared.matrix.kept_tensors()
+        return kept + [tensor for product in self.shared.products for tensor in product.kept_tensors()]
 
 
 def cast_to_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:

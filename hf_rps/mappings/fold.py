@@ -14,6 +14,7 @@ Source: 'In defense of parameter sharing for model-compression' (ICLR 2024), sec
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -77,12 +78,27 @@ class Fold(Mapping):
         return FoldMatrix(self, span, scale, signs)
 
 
+class Rotations(NamedTuple):
+    """The fold as one matrix meets it: weight j (row-major) is on slot base + (t mod m + shifts[t div m]) mod m.
+
+    t = start + j, with start in [0, m); there is a shift for every partition that the matrix meets.
+    """
+
+    m: int
+    base: int
+    start: int
+    shifts: tuple[int, ...]
+
+
 class FoldMatrix(SharedMatrix):
     """A matrix whose rows are contiguous in psi, with one scale and sign per row: W[r] = factor[r] * psi[run of r]."""
 
     def __init__(self, fold: Fold, span: Span, scale: float, signs: np.ndarray):
         self.rows, self.cols = span.rows, span.cols
         self.layout: RowLayout = row_layout(fold.runs(span.start, span.stop), span.rows, span.cols)
+        first, start = divmod(span.start, fold.m)
+        shifts = tuple(fold.shifts[first : (span.stop - 1) // fold.m + 1])
+        self.rotations = Rotations(fold.m, fold.base, start, shifts)
         self._factor = SignedScale(scale, signs)
 
     def factor(self, psi: Tensor) -> Tensor:

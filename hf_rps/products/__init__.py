@@ -1,3 +1,5 @@
 """Products with shared matrices, by device and number of tokens, and the autograd nodes over them."""
 
-from hf_rps.products import views as views  # a row of the table, which is filled by importing it
+# rows of the table, which is filled by importing them; the last is asked first
+from hf_rps.products import views as views  # isort: skip
+from hf_rps.products import triton as triton  # isort: skip

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_rps import internals
 from hf_rps.mappings.base import SharedMatrix
 from hf_rps.products.base import Made, Product
 
@@ -40,7 +41,7 @@ def shared_linear(
         (..., rows), equal to ``F.linear(x, base + W, bias)``.
     """
     if torch.is_grad_enabled():
-        return _SharedLinear.apply(x, psi, bias, base, product, buffer)
+        return internals.apply_function(_SharedLinear, x, psi, bias, base, product, buffer)
     # an autograd node costs as much as a small product
     return _product(product, base).linear(x, psi, bias)
 
@@ -65,6 +66,11 @@ def linear_by_definition(
 
 def _product(product: Product, base: Tensor | None) -> Product:
     return product if base is None else Made(product.matrix, base)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """A tensor (..., size) as (tokens, size)."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.size(-1))
 
 
 def _gradients_by_definition(
@@ -94,14 +100,15 @@ class _SharedLinear(torch.autograd.Function):
             y = linear_by_definition(x, psi, bias, ctx.product.matrix, base)
             gradients = _gradients_by_definition(y, gy, (x, psi, bias), (needs_x, needs_psi, needs_bias))
             return (*gradients, None, None, None)
-        flat = gy.reshape(-1, gy.size(-1))  # (tokens, rows)
+        flat = _matrix(gy)  # (tokens, rows)
         gbias = flat.sum(0).to(bias.dtype) if needs_bias else None
         gx = None
         if needs_x or needs_psi:
             into = ctx.buffer.get(psi) if needs_psi else None
-            inputs = x.reshape(-1, x.size(-1))  # (tokens, cols)
-            gx = _product(ctx.product, base).gradients(flat, inputs, psi, needs_x, into)
-        return None if gx is None else gx.view(x.shape), None, gbias, None, None, None
+            gx = _product(ctx.product, base).gradients(flat, _matrix(x), psi, needs_x, into)
+            if gx is not None and x.dim() != 2:
+                gx = gx.view(x.shape)
+        return gx, None, gbias, None, None, None
 
 
 class _SharedWeight(torch.autograd.Function):

@@ -50,6 +50,10 @@ class Product(ABC):
         """:meth:`linear` for inference under a compiler, by operations that it can follow and fuse."""
         return F.linear(x, self.matrix.weight(psi), bias)
 
+    def kept_tensors(self) -> list[Tensor]:
+        """The tensors that this object keeps beside its matrix's, on every device where they were used."""
+        return []
+
 
 class Made(Product):
     """W made for the time of one product and dropped after it; made again in the backward pass.
@@ -107,7 +111,10 @@ def products_of(matrix: SharedMatrix) -> tuple[Product, ...]:
 
 def choose(products: Sequence[Product], x: Tensor) -> Product:
     """The first of ``products`` that fits x."""
-    return next(product for product in products if product.fits(x))
+    for product in products:  # asked on every call: a generator would double its cost
+        if product.fits(x):
+            return product
+    raise ValueError(f"no product fits an input of shape {tuple(x.shape)}, which Made always does; is it missing?")
 
 
 def _named(kind: type[Product], products: Sequence[Product], x: Tensor) -> Product:

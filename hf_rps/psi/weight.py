@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_rps import internals
 from hf_rps.products.autograd import linear_by_definition, shared_linear, shared_weight
-from hf_rps.products.base import Made, products_of
+from hf_rps.products.base import products_of
 from hf_rps.psi.array import Source
 
 
@@ -61,7 +61,7 @@ class SharedWeight:
     def added_linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
         """x (base + W)^T + bias, for a constant base (out_features, in_features) in whose dtype the sum is built."""
         psi, buffer = self.source.read(x.device, base.dtype)
-        return shared_linear(x, psi, bias, Made(self.matrix), buffer, base)
+        return shared_linear(x, psi, bias, self.source.array.choose(self.products, x), buffer, base)
 
     def materialise(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """W (out_features, in_features) on ``device`` in ``dtype``, made whole; differentiable in psi."""

@@ -2,6 +2,7 @@
 
 import threading
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -70,6 +71,33 @@ def test_active_ddp():
     assert internals.active_ddp() is None
     assert ddp.static_graph is False
     assert threading.current_thread() is threading.main_thread()
+
+
+def test_apply_function():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, unused):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 3 * gradient, None
+
+    x = torch.ones(2, requires_grad=True)
+    y = internals.apply_function(Double, x, None)
+    assert y.tolist() == [2, 2]
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.tolist() == [3, 3]
+    with torch.no_grad():
+        assert not internals.apply_function(Double, x, None).requires_grad
+
+
+@pytest.mark.gpu
+def test_current_stream():
+    assert internals.current_stream(0) == torch.cuda.current_stream(0).cuda_stream
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        assert internals.current_stream(0) == stream.cuda_stream
 
 
 def test_empty_tensor_of():

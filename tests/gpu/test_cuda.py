@@ -14,6 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from hf_rps import RPSConfig, get_rps_model, size_report, to_dense
+from hf_rps.layers.linear import RPSLinear
+from hf_rps.mappings.base import Target
+from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.products.base import Made, always, choose
+from hf_rps.products.triton import launch
+from hf_rps.products.triton.product import TritonProduct
+from hf_rps.psi.bank import Bank
 
 DEVICE = os.environ.get("HF_RPS_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.gpu
@@ -189,6 +196,70 @@ def test_a_pass_can_be_captured(ratio):
     batch.copy_((ids() + 3) % 251)
     graph.replay()
     torch.testing.assert_close(captured, model(batch, use_cache=False).logits)
+
+
+def layer_of(rows, cols, ratio, dtype):
+    """A layer that is the second of three on one array, with random numbers."""
+    torch.manual_seed(0)
+    targets = [Target(name, rows, cols, 0.02) for name in "abc"]
+    bank = Bank(WeightMap(targets, ratio=ratio), "none", device=DEVICE, dtype=dtype)
+    nn.init.normal_(bank.psi)
+    return RPSLinear("b", bank, nn.Linear(cols, rows, device=DEVICE, dtype=dtype))
+
+
+@only_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("ratio", [1.0, 0.5, 0.07])
+@pytest.mark.parametrize(("rows", "cols"), [(768, 768), (3072, 768), (520, 3000), (77, 99)])
+def test_triton_is_chosen_and_equals_made_weights(rows, cols, ratio, dtype):
+    layer = layer_of(rows, cols, ratio, dtype)
+    array, exact = layer.bank.array, layer.dense_weight().double()
+    tolerance = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+    for tokens in (1, 2, 5, 16, 17, 300):
+        x = torch.randn(tokens, cols, device=DEVICE, dtype=dtype, requires_grad=True)
+        assert isinstance(choose(layer.shared.products, x), TritonProduct)
+        found = {}
+        for name, choice in {"triton": choose, "made": always(Made)}.items():
+            array.choose = choice
+            y = layer(x)
+            (y.float().square().sum() / rows).backward()
+            found[name] = [y.detach(), x.grad, layer.bank.psi.grad, layer.bias.grad]
+            x.grad = layer.bank.psi.grad = layer.bias.grad = None
+        for one, other in zip(found["triton"], found["made"], strict=True):
+            assert one.dtype == other.dtype
+            assert distance(one, other) < tolerance
+        assert distance(found["triton"][0], x.detach().double() @ exact.t() + layer.bias.double()) < tolerance
+    assert not launch._failures
+
+
+@only_cuda
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+def test_triton_in_a_graph(tokens):
+    """Forward and backward pass of a layer, captured after a warm-up, follow new inputs and a new array."""
+    layer = layer_of(768, 768, 0.3, torch.bfloat16)
+    x = torch.randn(tokens, 768, device=DEVICE, dtype=torch.bfloat16)
+
+    def step():
+        inputs = x.detach().requires_grad_()
+        y = layer(inputs)
+        return y.detach(), *torch.autograd.grad(y.float().square().sum(), [inputs, layer.bank.psi, layer.bias])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+        layer.bank.psi.copy_(torch.randn_like(layer.bank.psi))
+    graph.replay()
+    for one, other in zip(captured, step(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert not launch._failures
 
 
 @only_cuda
