@@ -29,6 +29,11 @@ def apply_function(function: type[torch.autograd.Function], *args):
     return super(torch.autograd.Function, function).apply(*args)
 
 
+def reshaped(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A new, contiguous tensor that nobody else refers to, in another shape and not marked as a view."""
+    return torch.ops.aten._unsafe_view(tensor, shape)
+
+
 def active_ddp() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward call runs in this thread."""
     return DistributedDataParallel._get_active_ddp_module()

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_rps import internals
 from hf_rps.mappings.base import SharedMatrix
 
 
@@ -77,13 +77,8 @@ class Made(Product):
         if x.dim() <= 2:
             return F.linear(x, weight, bias)
         # F.linear's output would be a view, and models that write to it (y += ...) refused by autograd
-        y = x.new_empty(*x.shape[:-1], weight.size(0))  # (..., rows)
-        inputs, flat = x.reshape(-1, x.size(-1)), y.view(-1, weight.size(0))
-        if bias is None:
-            torch.mm(inputs, weight.t(), out=flat)
-        else:
-            torch.addmm(bias, inputs, weight.t(), out=flat)
-        return y
+        y = F.linear(x.reshape(-1, x.size(-1)), weight, bias)  # (tokens, rows)
+        return internals.reshaped(y, (*x.shape[:-1], weight.size(0)))
 
     def gradients(self, gy: Tensor, x: Tensor, psi: Tensor, needs_x: bool, into: Tensor | None) -> Tensor | None:
         gx = gy @ self.matrix.make(psi, self.base).to(gy.dtype) if needs_x else None  # (tokens, cols)

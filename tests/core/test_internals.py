@@ -92,6 +92,24 @@ def test_apply_function():
         assert not internals.apply_function(Double, x, None).requires_grad
 
 
+def test_reshaped():
+    class Reshaped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return internals.reshaped(2 * x, (2, 3))
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * gradient.view(6)
+
+    x = torch.arange(6.0).requires_grad_()
+    y = Reshaped.apply(x)
+    y += 1  # which autograd refuses for views
+    assert y.tolist() == [[1, 3, 5], [7, 9, 11]]
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.tolist() == [2.0] * 6
+
+
 @pytest.mark.gpu
 def test_current_stream():
     assert internals.current_stream(0) == torch.cuda.current_stream(0).cuda_stream
