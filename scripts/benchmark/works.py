@@ -58,12 +58,32 @@ class Answer(NamedTuple):
 
 
 def stack(built: Built, settings: Settings) -> Cases:
-    """Forward, and forward + backward, of a stack of linear layers. Its input needs no gradient, inner ones do."""
+    """Forward, and forward + backward, of a stack of linear layers. Its input needs no gradient, inner ones do.
+
+    On CUDA the forward pass in a CUDA graph, too.
+    """
     model, cases = built.model, {}
     for tokens in settings.tokens:
         x = torch.randn(tokens, model.hidden, dtype=settings.torch_dtype, device=settings.device)
         cases |= _both_directions(model, lambda x=x: model(x), {"tokens": tokens})
+        if settings.device == "cuda":
+            cases[Case("forward in a CUDA graph", tokens)] = _replay(lambda x=x: model(x))
     return cases
+
+
+@torch.no_grad()
+def _replay(forward: Callable[[], Tensor]) -> Callable[[], None]:
+    """``forward`` captured in a CUDA graph: the device's own time, without that of Python and of launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            forward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        forward()
+    return graph.replay
 
 
 def convolution(built: Built, settings: Settings) -> Cases:
