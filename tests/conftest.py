@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import forks
 import pytest
 import torch
 import transformers
@@ -15,6 +16,10 @@ pytest.register_assert_rewrite("conversion_checks", "model_outputs")
 transformers.utils.logging.disable_progress_bar()
 take_the_way_of_large_models()
 torch.set_num_threads(1)
+
+
+def pytest_sessionfinish():
+    forks.close()
 
 
 def tiny_config(kind: str, **changes):
@@ -50,10 +55,8 @@ def ids():
 
 
 @pytest.fixture(scope="session")
-def finetune(tmp_path_factory):
+def finetune():
     """``finetune(folder, arguments)``: a run of scripts/finetune.py in a process of its own; see finetune_runs.py."""
     from finetune_runs import Finetune
 
-    server = Finetune(tmp_path_factory.mktemp("hf_home"))
-    yield server
-    server.close()
+    return Finetune()

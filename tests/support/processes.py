@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 import textwrap
 
-from paths import environment
+from forks import forks, ranks
 
 # for scripts in a process of their own, with paths.environment; see take_the_way_of_large_models
 AS_LARGE = "from processes import take_the_way_of_large_models; take_the_way_of_large_models()\n"
@@ -32,26 +29,15 @@ def take_the_way_of_large_models():
 def run_processes(folder, script, arguments, processes, check=True, large=True):
     """Run ``script`` (source text, which begins with PREAMBLE's names) in ``folder``.
 
-    It must end with ``os._exit(0)``: gloo's threads now and then abort a process that is already done, with any model.
     ``large``: whether its models take the way of large ones.
 
     Returns:
-        What each process wrote to stderr.
+        What each process wrote.
     """
     file = folder / "script.py"
     file.write_text(PREAMBLE + (AS_LARGE if large else "") + textwrap.dedent(script))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(file), *map(str, arguments)], stderr=subprocess.PIPE, text=True, cwd=folder,
-            env=environment(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank),
-                            LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                            OMP_NUM_THREADS="1"))
-        for rank in range(processes)
-    ]  # fmt: skip
-    errors = [child.communicate(timeout=180)[1] for child in children]
+    job = forks().start(file, arguments, folder, ranks(processes))
+    statuses, errors = job.statuses(), job.logs
     if check:
-        assert all(child.returncode == 0 for child in children), errors[0] + errors[-1]
+        assert not any(statuses), errors[0] + errors[-1]
     return errors
