@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from finetune_runs import DIGITS, ENVIRONMENT, SIZES, flags, history, make_tokenizer, results
+from forks import forks
 from paths import SCRIPTS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -77,6 +78,13 @@ def run(command: list, cwd: Path, expect: int = 0) -> str:
     aborted_at_exit = "terminate called without an active exception" in done.stderr
     assert done.returncode == expect or aborted_at_exit, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return done.stdout
+
+
+def reload(folder: Path, names: list[str]) -> dict[str, float]:
+    """The largest differences that RELOAD finds in the runs ``names`` of ``folder``."""
+    done = forks().run_code(RELOAD, names, folder)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +193,7 @@ def test_results(runs, name):
 
 
 def test_reloaded_models_compute_the_same_logits(runs):
-    differences = json.loads(run([PYTHON, "-c", RELOAD, *RUNS], runs).splitlines()[-1])
+    differences = reload(runs, RUNS)
     assert list(differences) == RUNS
     assert max(differences.values()) < 1e-5, differences
 
@@ -565,7 +573,7 @@ def test_digits_are_always_the_same():
 def test_compiled(base, runs, finetune):
     arguments = base["digits"] | {"max_train_steps": 6, "torch_compile": True, "output_dir": "compiled"}
     finetune(runs, arguments)
-    assert json.loads(run([PYTHON, "-c", RELOAD, "compiled"], runs).splitlines()[-1])["compiled"] < 1e-4
+    assert reload(runs, ["compiled"])["compiled"] < 1e-4
 
 
 @pytest.mark.slow

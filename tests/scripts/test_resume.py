@@ -27,6 +27,7 @@ RUN = DIGITS | {
     "load_best_model_at_end": True,
     "ratio": 0.2,
 }
+STEPS = 120
 
 
 def same_run(one, other):
@@ -59,12 +60,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(finetune, folder):
-    finetune(folder, RUN | {"max_train_steps": 240, "output_dir": "whole"})
+    finetune(folder, RUN | {"max_train_steps": STEPS, "output_dir": "whole"})
     return folder / "whole"
 
 
 def test_20_kills_leave_no_trace(finetune, folder, uninterrupted):
-    arguments = RUN | {"max_train_steps": 240, "output_dir": "killed", "resume": True}
+    arguments = RUN | {"max_train_steps": STEPS, "output_dir": "killed", "save_steps": 2, "resume": True}
     killed, moments = folder / "killed", random.Random(0)
     steps = []
     for _ in range(20):
@@ -72,13 +73,13 @@ def test_20_kills_leave_no_trace(finetune, folder, uninterrupted):
         run = finetune.start(folder, arguments)
         while newest(killed) == before and os.path.exists(f"/proc/{run.pids[0]}/stat") and alive(run.pids[0]):
             time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.12))
+        time.sleep(moments.uniform(0, 0.06))
         run.signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL, run.log[-3000:]
         assert check_checkpoints(killed)
         steps.append(newest(killed))
     assert steps == sorted(steps)
-    assert 20 < steps[-1] < 240
+    assert 20 < steps[-1] < STEPS
     finetune(folder, arguments)
     same_run(uninterrupted, killed)
     assert not list(killed.rglob("*.tmp"))
@@ -111,7 +112,7 @@ def alive(pid):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_exit_and_the_run_goes_on(finetune, folder, uninterrupted, number, status):
     name = f"signal{number}"
-    arguments = RUN | {"max_train_steps": 240, "output_dir": name, "save_steps": 1000, "resume": True}
+    arguments = RUN | {"max_train_steps": STEPS, "output_dir": name, "save_steps": 1000, "resume": True}
     run = finetune.start(folder, arguments)
     while not (folder / name / "metrics.jsonl").exists():
         time.sleep(0.01)
@@ -176,7 +177,7 @@ def test_masks_and_streams_go_on_where_they_were(finetune, folder, streaming):
 
 
 def test_resuming_refuses_another_run(finetune, folder, uninterrupted):
-    arguments = RUN | {"max_train_steps": 240, "output_dir": "whole", "resume": True}
+    arguments = RUN | {"max_train_steps": STEPS, "output_dir": "whole", "resume": True}
     for change, message in (
         ({"ratio": 0.3}, "is of another run: ratio=0.3 (it was 0.2)"),
         ({"seed": 1}, "seed=1 (it was 0)"),
@@ -184,7 +185,7 @@ def test_resuming_refuses_another_run(finetune, folder, uninterrupted):
         ({"config_overrides": DIGITS["config_overrides"]}, "config_overrides={"),
     ):
         assert message in finetune.error(folder, arguments | change)
-    assert results(uninterrupted)["steps"] == 240  # nothing was touched
+    assert results(uninterrupted)["steps"] == STEPS  # nothing was touched
     assert "exists and is not empty; continue it with --resume" in finetune.error(folder, arguments | {"resume": False})
 
 

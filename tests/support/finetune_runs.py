@@ -22,6 +22,7 @@ DIGITS = {
     "report_to": "none",
 }
 
+
 def flags(arguments: dict) -> list[str]:
     """{"a": 1, "b": True, "c": False} as ["--a", "1", "--b"]."""
     return [

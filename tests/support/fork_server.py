@@ -1,6 +1,6 @@
 """The program behind forks.py: import once what most tests' processes need, then fork a process for each order.
 
-It is started with the names of modules to import. Orders come as lines of JSON on stdin; each is answered by one number.
+It is started with the names of modules to import. Orders are lines of JSON on stdin, and each is answered by a number.
 """
 
 import contextlib

@@ -61,7 +61,7 @@ class Forks:
     """A process that has ``imports`` done under ``variables``, and forks others; it ends with this one."""
 
     def __init__(self, variables: dict[str, str], imports: Iterable[str] = IMPORTS):
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it ends with this object)
         self.process = subprocess.Popen(
             [sys.executable, str(SUPPORT / "fork_server.py"), *imports],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=variables | ONE_THREAD,
