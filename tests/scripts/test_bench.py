@@ -84,6 +84,9 @@ def rows_of(work, subjects, settings=SETTINGS, model="tiny"):
     return list(measure(Job(work, model, subjects), settings))
 
 
+# ---- every work and form
+
+
 @pytest.mark.parametrize(
     ("work", "subjects", "cases"),
     [
@@ -149,6 +152,9 @@ def test_part_shortens_the_large_llama():
     }  # fmt: skip
 
 
+# ---- the authors' code
+
+
 def test_fakeroast_shares_the_layers_that_ours_shares(fakeroast):
     settings = Settings(**{**SETTINGS.__dict__, "fakeroast": fakeroast()})
     ours, theirs = (build("step", "tiny", Subject(form, 0.1), settings) for form in ("views", "fakeroast"))
@@ -182,6 +188,9 @@ def test_conv1d_is_replaced_for_the_authors_code(fakeroast, monkeypatch):
     kinds = [type(module).__name__ for module in built.model.modules()]
     assert kinds.count("FakeRoastLinear") == 4
     assert "Conv1D" not in kinds
+
+
+# ---- failures
 
 
 def test_a_worker_that_dies_is_a_row_and_the_run_goes_on(fakeroast):

@@ -31,6 +31,9 @@ IDS = torch.arange(18).view(2, 9) * 5 % 97
 OWN = "---\nlicense: mit # mine\n---\n\n# My model\n\nWritten by hand.\n"
 
 
+# ---- in the process that pushes
+
+
 def tiny(auto_class=AutoModelForSequenceClassification) -> PreTrainedModel:
     torch.manual_seed(0)
     config = BertConfig(hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=97)
@@ -158,6 +161,9 @@ def pushes(folder: Path, url: str) -> dict:
     out["adapter"] = {"files": remote("adapter"), "readme": readme("adapter")}
     torch.save(expected | {"adapter": adapter(IDS).last_hidden_state}, folder / "expected.pt")
     return out
+
+
+# ---- in the process that loads
 
 
 def loads(folder: Path, url: str) -> dict:
