@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import forks
 from forks import Job, ranks
-from paths import SUPPORT, environment
+from paths import SCRIPTS, SUPPORT, environment
 
+PYTHON, SCRIPT = sys.executable, str(SCRIPTS / "finetune.py")
 ENVIRONMENT = forks.ENVIRONMENT | {"PYTHONPATH": environment()["PYTHONPATH"]}
 SIZES = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2"
 DIGITS = {
@@ -51,6 +55,18 @@ def make_tokenizer(folder: Path, texts: list[str]) -> None:
     BertTokenizerFast(tokenizer_object=trained._tokenizer, model_max_length=64).save_pretrained(folder)
 
 
+def run(command: list, cwd: Path, expect: int = 0) -> str:
+    """Run a command without a network, its caches under ``cwd``; returns stdout."""
+    environment = os.environ | ENVIRONMENT | {"HF_HOME": str(cwd / "hf_home")}
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+    )
+    # gloo's threads now and then abort a process that is already done (plain torch does it too)
+    aborted_at_exit = "terminate called without an active exception" in done.stderr
+    assert done.returncode == expect or aborted_at_exit, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
 class Finetune:
     """Starts runs. ``finetune(folder, arguments)`` runs one to its end and fails if it fails."""
 
@@ -77,6 +93,3 @@ class Finetune:
         return next(
             line for line in reversed(self(cwd, arguments, processes, expect=1).splitlines()) if "Error" in line
         )
-
-
-__all__ = ["DIGITS", "ENVIRONMENT", "SIZES", "Finetune", "flags", "history", "make_tokenizer", "results"]
