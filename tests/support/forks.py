@@ -7,6 +7,7 @@ is imported are those of the server. A test of imports themselves, or of a launc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -26,7 +27,7 @@ IMPORTS = (
 )  # fmt: skip
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
 ONE_THREAD = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # pyarrow's allocator starts one on import
-PATIENCE = 300  # seconds that a process may take once it is waited for
+PATIENCE = 300  # seconds that a process may take once it is waited for; then it is killed
 
 
 class Job:
@@ -68,8 +69,9 @@ class Forks:
         )  # fmt: skip
 
     def ask(self, order: str, **arguments) -> int:
-        self.process.stdin.write(json.dumps([order, arguments]) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps([order, arguments]) + "\n")
+            self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
             self.errors.seek(0)

@@ -39,5 +39,5 @@ def run_processes(folder, script, arguments, processes, check=True, large=True):
     job = forks().start(file, arguments, folder, ranks(processes))
     statuses, errors = job.statuses(), job.logs
     if check:
-        assert not any(statuses), errors[0] + errors[-1]
+        assert not any(statuses), f"exit statuses {statuses}\n{errors[0]}{errors[-1]}"
     return errors
