@@ -113,7 +113,7 @@ class Forks:
 
 @functools.cache
 def forks() -> Forks:
-    """The server of this pytest worker: no network, one thread, no GPU, a cache of its own."""
+    """The server of this pytest worker: no network, one thread, accelerate on the CPU, a cache of its own."""
     variables = environment(**ENVIRONMENT)
     variables.pop("HF_HOME", None)
     return Forks(variables)
