@@ -1,10 +1,10 @@
 """hf_rps: compress any Hugging Face transformers model by randomized parameter sharing (STABLE-RPS, ICLR 2024)."""
 
-from hf_rps.config import RPSConfig
-from hf_rps.convert import get_rps_model, to_dense
-from hf_rps.integrations import transformers as _transformers
 from hf_rps.integrations.hub import push_to_hub
 from hf_rps.integrations.peft import model as _peft
+from hf_rps.integrations.peft.config import RPSConfig
+from hf_rps.integrations.transformers import quantizer as _quantizer
+from hf_rps.model import get_rps_model, to_dense
 from hf_rps.report import SizeReport, size_report
 from hf_rps.version import __version__
 
@@ -18,5 +18,5 @@ __all__ = [
     "to_dense",
 ]
 
-_transformers.register()
+_quantizer.register()
 _peft.register()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_rps.convert import find_bank
+from hf_rps.conversion import find_bank
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from processes import take_the_way_of_large_models
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
 pytest.register_assert_rewrite("conversion_checks", "model_outputs", "resumed_runs")
 transformers.utils.logging.disable_progress_bar()
-take_the_way_of_large_models()
 torch.set_num_threads(1)
 
 

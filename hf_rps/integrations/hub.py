@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
@@ -20,7 +21,6 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from hf_rps.config import RPSConfig
 from hf_rps.integrations.model_card import (
     GENERATED,
     REPOSITORY,
@@ -32,9 +32,10 @@ from hf_rps.integrations.model_card import (
     write_model_card,
 )
 from hf_rps.integrations.peft.card import write_card
-from hf_rps.integrations.quantization_config import RPSQuantizationConfig
-from hf_rps.integrations.weights_files import check_files
-from hf_rps.mapping import Target
+from hf_rps.integrations.peft.config import RPSConfig
+from hf_rps.integrations.transformers.quantization_config import RPSQuantizationConfig
+from hf_rps.integrations.transformers.weights_files import check_files
+from hf_rps.mappings.base import Target
 from hf_rps.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -93,42 +94,18 @@ def push_to_hub(
     local = Path(model if saved else folder or tempfile.mkdtemp(prefix="hf_rps-")).expanduser().resolve()
     temporary = not saved and folder is None
     try:
-        had_card = _text(local) if saved or not _is_draft(_text(local)) else None
-        if not saved:
-            model.save_pretrained(local)
-        if processing_class is not None:
-            processing_class.save_pretrained(local)
-        if card is not None:
-            (local / "README.md").write_text(str(card), encoding="utf-8", newline="")
+        has_card = card is not None or not _is_draft(_text(local)) or (saved and _text(local) is not None)
+        _save(None if saved else model, processing_class, card, local)
     except BaseException:
         if temporary:
             shutil.rmtree(local, ignore_errors=True)
         raise
-
     api = HfApi(token=token, library_name="hf_rps", library_version=__version__)
-    message = commit_message or "Upload model with hf_rps"
-    options = {
-        "private": private,
-        "revision": revision,
-        "commit_message": commit_message,
-        "create_pr": create_pr or None,
-    }
-    step = f"creating the repository {repo_id}"
+    push = _Push(api, repo_id, local, private, revision, commit_message, create_pr)
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/"):
-            step = f"creating the branch {revision!r} of {repo_id}"
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        step = f"preparing the card for {repo_id}"
-        if card is None and had_card is None:
-            _make_card(api, repo_id, revision, local)
-        _add_note(local)
-        step = f"uploading to {repo_id}"
-        operations = [*_additions(local, repo_id), *_deletions(api, repo_id, revision, local)]
-        # not upload_folder, which splits a long upload into several commits
-        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
+        commit = push(make_card=not has_card)
     except BaseException as error:
-        told = _advice(step, error, local, repo_id, options, token)
+        told = push.advice(error, token)
         if not isinstance(error, Exception):  # Ctrl-C
             logger.warning(told)
             raise
@@ -136,6 +113,58 @@ def push_to_hub(
     if temporary:
         shutil.rmtree(local, ignore_errors=True)
     return commit
+
+
+def _save(model, processing_class, card: ModelCard | str | None, folder: Path) -> None:
+    """Write to ``folder`` what is given."""
+    for part in (model, processing_class):
+        if part is not None:
+            part.save_pretrained(folder)
+    if card is not None:
+        (folder / "README.md").write_text(str(card), encoding="utf-8", newline="")
+
+
+@dataclass
+class _Push:
+    """The way of a folder to the Hub; ``step`` is what it is about to do."""
+
+    api: HfApi
+    repo_id: str
+    folder: Path
+    private: bool | None
+    revision: str | None
+    commit_message: str | None
+    create_pr: bool
+    step: str = ""
+
+    def __call__(self, make_card: bool) -> CommitInfo:
+        self.step = f"creating the repository {self.repo_id}"
+        self.repo_id = self.api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+        if self.revision is not None and not self.revision.startswith("refs/"):
+            self.step = f"creating the branch {self.revision!r} of {self.repo_id}"
+            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+        self.step = f"preparing the card for {self.repo_id}"
+        if make_card:
+            _make_card(self.api, self.repo_id, self.revision, self.folder)
+        _add_note(self.folder)
+        self.step = f"uploading to {self.repo_id}"
+        operations = [
+            *_additions(self.folder, self.repo_id),
+            *_deletions(self.api, self.repo_id, self.revision, self.folder),
+        ]
+        # not upload_folder, which splits a long upload into several commits
+        return self.api.create_commit(
+            self.repo_id, operations, commit_message=self.commit_message or "Upload model with hf_rps",
+            revision=self.revision, create_pr=self.create_pr,
+        )  # fmt: skip
+
+    def advice(self, error: BaseException, token: bool | str | None) -> str:
+        """What to tell a user whose push failed."""
+        options = {
+            "private": self.private, "revision": self.revision, "commit_message": self.commit_message,
+            "create_pr": self.create_pr or None,
+        }  # fmt: skip
+        return _advice(self.step, error, self.folder, self.repo_id, options, token)
 
 
 def _check_arguments(model, repo_id, processing_class, card, revision, commit_message, create_pr, folder) -> None:

@@ -18,7 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.models.auto import modeling_auto
 
-from hf_rps.mapping import Target
+from hf_rps.mappings.base import Target
 from hf_rps.version import __version__
 
 TAGS = ("rps", "hf_rps")

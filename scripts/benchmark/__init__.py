@@ -1,1 +1,1 @@
-"""The parts of bench.py: what is measured (models, subjects, works), how (processes, runner), and the report."""
+"""The parts of bench.py: its command line; models, subjects and works; processes and the runner; the report."""

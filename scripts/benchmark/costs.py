@@ -9,7 +9,7 @@ A layer of R rows, C columns and k runs, on T tokens, in words of w bytes:
     further runs     k - 1 times launches of their own, and x is read and packed once more (2 w T C)
     made weights     3 passes over W (w R C each) forward, 4 backward, instead of row scale and further runs
     launches         operations issued one after the other
-    AdamW step       28 bytes a parameter in float32 (read four arrays, write three), and 12 for clipping
+    AdamW step       28 bytes per parameter in float32 (read four arrays, write three), and 12 for clipping
 
 Whether a weight is made is asked of the library itself, and k of its map.
 """
@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 
 from benchmark.models import STACKS, Stack
-from hf_rps import RPSConfig, kernels
-from hf_rps.folding import RowLayout
-from hf_rps.mapping import UNFOLD_UP_TO, Target
+from hf_rps import RPSConfig
+from hf_rps.mappings.base import Target
+from hf_rps.products.base import Made, Product, choose, products_of
 from hf_rps.targets import find_targets
 
 
@@ -33,13 +33,13 @@ class Machine:
     """What the model knows of a machine.
 
     Attributes:
-        word: Bytes a number.
-        flops: Of large matrix products, a second.
-        memory, cache: Bandwidth, bytes a second.
+        word: Bytes per number.
+        flops: Of large matrix products, per second.
+        memory, cache: Bandwidth, bytes per second.
         one_token: The same of the memory for a library's product with one token, which may be less.
         cache_size: Bytes that stay in the cache.
-        fresh: Seconds a byte of memory that was not touched before, which blocks from ``fresh_from`` bytes on are.
-        launch: Seconds an operation, at least.
+        fresh: Seconds per byte of memory that was not touched before, which blocks from ``fresh_from`` bytes on are.
+        launch: Seconds per operation, at least.
         device: "cpu" or "cuda".
     """
 
@@ -64,10 +64,14 @@ MACHINES = (
 )
 
 
+SMALL = 1 << 20  # weights of a model in which Python's own time, of which the model knows nothing, is what counts
+
+
 class Layer(NamedTuple):
     rows: int
     cols: int
-    layout: RowLayout
+    runs: int
+    products: tuple[Product, ...]
 
 
 def layers(name: str, ratio: float) -> tuple[list[Layer], int]:
@@ -76,7 +80,8 @@ def layers(name: str, ratio: float) -> tuple[list[Layer], int]:
         found = find_targets(Stack(STACKS[name]), RPSConfig())
     targets = [Target(candidate.name, *candidate.weight.shape, 0.02) for candidate in found]
     weight_map = RPSConfig(ratio=ratio).weight_map(targets)
-    return [Layer(t.out_features, t.in_features, weight_map.layout(t.name)) for t in targets], weight_map.m
+    matrices = [weight_map.matrix(target.name) for target in targets]
+    return [Layer(w.rows, w.cols, len(w.layout.runs), products_of(w)) for w in matrices], weight_map.m
 
 
 def _product(layer: Layer, tokens: int, machine: Machine, bandwidth: float) -> float:
@@ -108,8 +113,8 @@ def shared_seconds(stack: list[Layer], m: int, tokens: int, machine: Machine, ba
         weights, word = layer.rows * layer.cols, machine.word
         # the library asks where x is; nothing is computed, and what is not on a CPU it takes for a GPU's
         x = torch.empty(1, device="cpu" if machine.device == "cpu" else "meta").expand(tokens, layer.cols)
-        further = len(layer.layout.runs) - 1
-        made = kernels.makes_weight(x, layer.layout)
+        further = layer.runs - 1
+        made = isinstance(choose(layer.products, x), Made)
         passes = 2 if backward else 1
         total += (3 if backward else 1) * _product(layer, tokens, machine, bandwidth)
         if made:
@@ -144,8 +149,8 @@ def table(rows: list[dict]) -> str:
     """The measured rows of layer stacks beside the predictions, Markdown; the machine measured on is the first."""
     lines = ["| stack | ratio | measured | predicted for this CPU | off by | predicted for an H200 |", "|" + "---|" * 6]
     for row in rows:
-        if row["work"] != "stack" or row["form"] != "views" or row["part"] != 1 or row["n"] <= UNFOLD_UP_TO:
-            continue  # the model knows whole stacks only, and no weights that are made once a pass
+        if row["work"] != "stack" or row["form"] != "views" or row["part"] != 1 or row["n"] <= SMALL:
+            continue  # the model knows whole stacks only
         cpu, gpu = (predict(row["model"], row["ratio"], row["tokens"], m, row["direction"]) for m in MACHINES)
         off = f"{100 * (cpu / row['time_ratio'] - 1):+.0f} %"
         work, measured = f"{row['model']}: {row['case']}", row["time_ratio"]

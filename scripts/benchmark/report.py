@@ -46,7 +46,7 @@ def read(paths: Sequence[Path]) -> list[dict]:
 
 
 def latest(rows: Sequence[dict]) -> list[dict]:
-    """One row a measurement, the last. An error before the first case goes once its subject has been measured."""
+    """One row per measurement, the last. An error before the first case goes once its subject has been measured."""
     kept: dict[tuple, dict] = {}
     for row in rows:
         subject = tuple(row.get(key) for key in _KEY)
@@ -83,7 +83,7 @@ def _ratio(row: dict, key: str) -> str:
 
 
 def _grid(rows: Sequence[dict], title: str, key: str, dense: str, unit: str, digits: int) -> str:
-    """A row a model and case, a column a subject, with the ratio ``key``; last the dense model's own value."""
+    """A row per model and case, a column per subject, with the ratio ``key``; last the dense model's own value."""
     rows = [row for row in rows if key in row and row["form"] != "dense"]
     columns = list(dict.fromkeys(subject_name(row) for row in rows))
     lines: dict[tuple[str, str], dict[str, dict]] = {}
@@ -98,7 +98,7 @@ def _grid(rows: Sequence[dict], title: str, key: str, dense: str, unit: str, dig
 
 
 def _account(rows: Sequence[dict]) -> str:
-    """The memory of a training step against the formula, a row a model and subject."""
+    """The memory of a training step against the formula, a row per model and subject."""
     body = [
         [f"{_model(row)}, {row['tokens']} tokens: {subject_name(row)}", f"{row['targets_ratio']:.3f}",
          _ratio(row, "memory_ratio"), *(f"{row[f'{key}_mib']:.0f}" for key in _ACCOUNT)]
@@ -180,7 +180,7 @@ def _curves(rows: Sequence[dict], axis: str) -> dict[str, list[tuple[float, dict
 
 
 def _plot(curves: dict[str, list[tuple[float, dict]]], title: str, label: str, path: Path) -> None:
-    """Time ratio (quartiles as bars) and memory ratio, one line a curve, over a logarithmic axis."""
+    """Time ratio (quartiles as bars) and memory ratio, one line per curve, over a logarithmic axis."""
     from matplotlib.figure import Figure  # here, because every worker imports what bench.py imports
 
     figure = Figure(figsize=(14, 5), layout="constrained")

@@ -1,4 +1,4 @@
-"""The measurements: every subject beside the dense model, in strict alternation, one row a case."""
+"""The measurements: every subject beside the dense model, in strict alternation, one row per case."""
 
 from __future__ import annotations
 

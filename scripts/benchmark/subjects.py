@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from benchmark.models import make
 from benchmark.settings import Settings
 from hf_rps import RPSConfig, get_rps_model
-from hf_rps.convert import find_bank
-from hf_rps.layers import RPSLayer, RPSLinear
-from hf_rps.targets import Candidate, find_targets
+from hf_rps.conversion import find_bank
+from hf_rps.layers.base import RPSLayer
+from hf_rps.layers.kinds import Candidate, TransposedLinear
+from hf_rps.products.base import Made, always
+from hf_rps.targets import find_targets
 
 FORMS = ("views", "gather", "cat")
 PEERS = ("fakeroast", "rzlinear")
@@ -85,28 +86,16 @@ def build(work: str, name: str, subject: Subject, settings: Settings) -> Built:
         return _adapter(model, n, subject)
     sign = "element" if subject.form == "gather" else "row"
     model = get_rps_model(model, RPSConfig(ratio=subject.ratio, sign=sign, grad_scaling="norm"))
-    if subject.form == "cat":
-        for module in model.modules():
-            if isinstance(module, RPSLinear):
-                module.forward = _materialising(module)
     bank = find_bank(model)
+    if subject.form == "cat":
+        bank.array.choose = always(Made)
     return Built(model, n, bank.psi.numel(), [bank.psi], lambda: _kept(model))
-
-
-def _materialising(layer: RPSLinear) -> Callable[[Tensor], Tensor]:
-    """A forward of ``layer`` that puts its weight together (slices and one cat), then multiplies once."""
-
-    def forward(x: Tensor) -> Tensor:
-        return F.linear(x, layer.shared.materialise(x.device, x.dtype), layer.bias)
-
-    return forward
 
 
 def _kept(model: nn.Module) -> list[Tensor]:
     """What our model keeps beside its parameters: divisors of the gradient, factors (scale and sign), indices."""
-    holders = [find_bank(model), *(module.shared for module in model.modules() if isinstance(module, RPSLayer))]
-    caches = [getattr(holder, name, {}) for holder in holders for name in ("_divisors", "_factors", "_slots")]
-    return [value for cache in caches for value in cache.values() if isinstance(value, Tensor)]
+    layers = [module for module in model.modules() if isinstance(module, RPSLayer)]
+    return [*find_bank(model).array.kept_tensors(), *(tensor for layer in layers for tensor in layer.kept_tensors())]
 
 
 def _adapter(model: nn.Module, n: int, subject: Subject) -> Built:
@@ -141,7 +130,7 @@ def _import(folder: Path, module: str):
 def _replace_conv1d(model: nn.Module, targets: list[Candidate]) -> None:
     """Turn GPT-2's Conv1D layers, which the authors' code skips silently, into linear layers of the same weight."""
     for target in targets:
-        if target.transposed:
+        if isinstance(target.kind, TransposedLinear):
             weight, bias = target.weight, target.module.bias
             linear = nn.Linear(*weight.shape[::-1], bias=bias is not None, device=weight.device, dtype=weight.dtype)
             linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))

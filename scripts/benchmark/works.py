@@ -85,7 +85,10 @@ def _both_directions(model: torch.nn.Module, output: Callable[[], Tensor], size:
 
 
 class Training:
-    """Training steps of a language model: forward, backward, clipping to norm 1, AdamW, gradients dropped."""
+    """Training steps of a language model: forward, backward, clipping to norm 1, AdamW, gradients dropped.
+
+    A loop of its own, which nothing but its steps is in: what finetune.py does around a step would be timed with it.
+    """
 
     def __init__(self, built: Built, settings: Settings):
         self.built, self.model = built, built.model

@@ -21,8 +21,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_rps import RPSConfig, get_rps_model, size_report
-from hf_rps.convert import find_bank
-from hf_rps.targets import base_prefix
+from hf_rps.conversion import find_bank
+from hf_rps.names import base_prefix
 
 RATIO = 0.2
 ROWS: dict[str, str] = {}  # lines of the table, by architecture

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from hf_rps import RPSConfig, get_rps_model, to_dense
-from hf_rps.convert import find_bank
+from hf_rps.conversion import find_bank
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_rps import RPSConfig, get_rps_model, size_report, to_dense
-from hf_rps.convert import find_bank
-from hf_rps.layers import RPSLinear
+from hf_rps.conversion import find_bank
+from hf_rps.layers.linear import RPSLinear
+from hf_rps.mappings import definition
 
 SMALLEST = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}  # for dense (n, m) matrices
 
@@ -205,7 +206,7 @@ def test_norm_scaling_keeps_the_size_of_gradients_at_ratio_a_thousandth(tiny, id
         model(ids, labels=ids).loss.backward()
         norms[scaling] = bank.psi.grad.norm().item()
     summed = sharing_matrix(bank).float().t() @ gradient
-    projected = (summed / torch.from_numpy(bank.weight_map.squared_scale_array()).sqrt().float()).norm().item()
+    projected = (summed / torch.from_numpy(definition.gamma(bank.weight_map)).sqrt().float()).norm().item()
     assert norms["norm"] == pytest.approx(projected, rel=1e-4)
     k = bank.weight_map.n / bank.weight_map.m
     # Gamma = k scale**2 with a scale of about k**(1/3)

@@ -28,13 +28,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForImageClassification, ResNetConfig
 
 from hf_rps import RPSConfig, get_rps_model, to_dense
-from hf_rps.bank import Bank
-from hf_rps.baselines.magnitude import most_kept, prune_by_magnitude, remove_pruning
-from hf_rps.convert import check_weight, find_bank, initial_std
-from hf_rps.functional import dense_weight
-from hf_rps.layers import RPSConv, RPSLayer
-from hf_rps.mapping import Target, WeightMap
-from hf_rps.targets import Candidate, find_targets, is_convolution
+from hf_rps.conversion import find_bank
+from hf_rps.initial import check_weight, initial_std
+from hf_rps.layers.base import RPSLayer
+from hf_rps.layers.convolution import RPSConv
+from hf_rps.layers.kinds import Candidate, kind_of, shareable_kind
+from hf_rps.mappings import definition
+from hf_rps.mappings.base import Target
+from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.psi import sink
+from hf_rps.psi.bank import Bank
+from hf_rps.targets import find_targets
+from studies.methods.magnitude import most_kept, prune_by_magnitude, remove_pruning
 
 RESNETS = [
     tiny("resnet", "ResNetForImageClassification", "image", **RESNET, num_labels=5),
@@ -67,7 +72,7 @@ def layer_of(shape, options, size, bias=True, dtype=torch.float64, ratio=0.3, **
     """One shared convolution over a bank of its own."""
     torch.manual_seed(0)
     dense = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(size)](*shape, **options, bias=bias).to(dtype)
-    weight = Candidate("conv", dense, False).weight
+    weight = Candidate("conv", dense, kind_of(dense)).weight
     weight_map = WeightMap([Target("conv", *weight.shape, std=0.3)], ratio=ratio, **map_options)
     bank = Bank(weight_map, "none", dtype=dtype)
     nn.init.normal_(bank.psi)
@@ -76,9 +81,7 @@ def layer_of(shape, options, size, bias=True, dtype=torch.float64, ratio=0.3, **
 
 def reference(layer, x):
     """The convolution of the replaced class with the weight that is written out by definition."""
-    weight_map, psi = layer.bank.weight_map, layer.bank.psi
-    factor = torch.from_numpy(weight_map.signs(layer.name)).to(psi) * weight_map.scale(layer.name)
-    weight = psi[torch.from_numpy(weight_map.slots(layer.name))] * factor
+    weight = definition.weight(layer.bank.psi, layer.bank.weight_map, layer.name)
     return layer._shell._conv_forward(x, weight.view(layer.weight.shape), layer.bias)
 
 
@@ -146,7 +149,7 @@ def test_matrix_and_attributes():
     weight = dense.weight.detach().clone()
     dense = dense.to(memory_format=torch.channels_last)
     assert not dense.weight.is_contiguous()
-    candidate = Candidate("conv", dense, False)
+    candidate = Candidate("conv", dense, kind_of(dense))
     assert torch.equal(candidate.weight, weight.view(5, 24))
     holder = nn.ModuleDict({"conv": dense})
     model = nn.Module()
@@ -165,10 +168,10 @@ def test_matrix_and_attributes():
 def test_weights_that_are_all_zero_or_not_finite():
     conv = nn.Conv2d(4, 8, 3)
     nn.init.zeros_(conv.weight)
-    assert initial_std(Candidate("conv", conv, False).weight) == pytest.approx(1 / 6, rel=1e-2)
+    assert initial_std(Candidate("conv", conv, kind_of(conv)).weight) == pytest.approx(1 / 6, rel=1e-2)
     conv.weight.data[1, 2, 0, 1] = float("inf")
     with pytest.raises(ValueError, match="'conv' holds values that are not finite"):
-        check_weight(Candidate("conv", conv, False))
+        check_weight(Candidate("conv", conv, kind_of(conv)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -212,9 +215,9 @@ def test_the_gradient_is_one_buffer_and_not_an_array_a_run(monkeypatch):
     """The plain path would add up an array of the size of psi for each of the many runs."""
     layer = layer_of((8, 16, 3), {}, (6, 6), ratio=0.05)
     made = []
-    new_buffer = Bank._new_buffer
-    monkeypatch.setattr(Bank, "_new_buffer", lambda self, psi: made.append(1) or new_buffer(self, psi))
-    assert len(layer.shared.layout.runs) >= 20
+    zeros_like = torch.zeros_like
+    monkeypatch.setattr(sink.torch, "zeros_like", lambda *a, **k: made.append(1) or zeros_like(*a, **k))
+    assert len(layer.shared.matrix.layout.runs) >= 20
     y = layer(torch.randn(1, 8, 6, 6, dtype=torch.float64))
     names = set()
 
@@ -225,7 +228,7 @@ def test_the_gradient_is_one_buffer_and_not_an_array_a_run(monkeypatch):
                 collect(parent)
 
     collect(y.grad_fn)
-    assert any("RPSWeight" in name for name in names)
+    assert any("SharedWeight" in name for name in names)
     assert not any("Cat" in name for name in names)
     y.sum().backward()
     assert made == [1]
@@ -456,7 +459,7 @@ def test_selection_in_a_convolutional_network():
     assert len(find_targets(resnet(), RPSConfig(exclude_modules=["shortcut.convolution"]))) == count - 1
     assert len(find_targets(resnet(), RPSConfig(target_modules=["shortcut.convolution"]))) == 1
     assert len(find_targets(AutoModel.from_config(resnet().config), RPSConfig())) == count
-    with pytest.raises(ValueError, match=r"linear layers are called \['1'\] and its convolutions \['convolution'\]"):
+    with pytest.raises(ValueError, match=r"linear layers are \['1'\] and its convolutions are \['convolution'\]"):
         find_targets(resnet(), RPSConfig(target_modules="all-linear"))
 
 
@@ -473,13 +476,12 @@ def test_convolutions_that_can_not_be_shared():
     class Named(nn.Conv2d):
         pass
 
-    assert is_convolution(Named(2, 2, 3))
+    assert shareable_kind(Named(2, 2, 3)).noun == "convolutions"
     unfit = [
         Standardised(2, 2, 3), Masked(), nn.ConvTranspose2d(2, 2, 3), nn.LazyConv2d(2, 3),
         nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 3)), nn.utils.spectral_norm(nn.Conv1d(2, 2, 3)),
-        nn.Linear(2, 2),
     ]  # fmt: skip
-    assert not any(is_convolution(module) for module in unfit)
+    assert not any(shareable_kind(module) for module in unfit)
     model = nn.Module()
     model.stem = unfit[0]
     with pytest.raises(ValueError, match="'stem', which is a Standardised, not a plain linear layer or convolution"):
@@ -529,6 +531,5 @@ def test_adapters_refuse_them(mode, options, message):
 def test_reference_is_the_plain_form():
     shape, options, size = SHAPES["plain"]
     layer = layer_of(shape, options, size)
-    psi = layer.bank.psi
-    matrix = dense_weight(psi, layer.shared.layout, layer.shared.factor(psi.device, psi.dtype).view(-1))
+    matrix = layer.shared.matrix.weight(layer.bank.psi)
     torch.testing.assert_close(layer.dense_weight(), matrix.view(6, 4, 3, 3), rtol=0, atol=0)

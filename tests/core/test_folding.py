@@ -5,13 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_rps.folding import ALIGNMENT, Fold, Span, draw_shifts, row_layout, slots_for
+from hf_rps.mappings.base import Span
+from hf_rps.mappings.fold import Fold, draw_shifts
+from hf_rps.mappings.layout import row_layout
+from hf_rps.mappings.sizes import ALIGNMENT, slots_for
 
 sizes = st.tuples(st.integers(1, 3000), st.integers(1, 3000)).map(lambda pair: (max(pair), min(pair)))  # n >= m
 
 
 def make(n, m, key=7, alignment=1):
-    return Fold(n, m, draw_shifts(n, m, alignment, key, [Span(0, n, 1)]))
+    return Fold.of(n, m, draw_shifts(n, m, alignment, key, [Span(0, n, 1)]))
 
 
 @given(sizes, st.integers(0, 2**64 - 1))
@@ -32,6 +35,7 @@ def test_runs_follow_the_definition(size, data):
     stop = data.draw(st.integers(start + 1, n))
     expected = [(j % m + fold.shifts[j // m]) % m for j in range(start, stop)]
     assert [slot for a, length in fold.runs(start, stop) for slot in range(a, a + length)] == expected
+    assert fold.slots(start, stop).tolist() == expected
 
 
 def test_equal_sizes_give_a_bijection():
@@ -51,7 +55,7 @@ def test_layout_covers_every_weight_once_in_order(rows, cols, m, key):
     for row, count, slot in layout.blocks:
         for i in range(count):
             by_row[row + i] = list(range(slot + i * cols, slot + (i + 1) * cols))
-    for row, pieces in layout.torn:
+    for row, pieces in layout.split:
         assert row not in by_row
         by_row[row] = [slot for a, length in pieces for slot in range(a, a + length)]
     flat = [slot for a, length in runs for slot in range(a, a + length)]

@@ -8,17 +8,23 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import usual
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
+from ways import read
 
-from hf_rps import kernels, mapping
-from hf_rps.bank import Bank
-from hf_rps.functional import dense_weight, rps_linear_reference
-from hf_rps.layers import RPSConv, RPSLinear
-from hf_rps.mapping import Target, WeightMap
-from hf_rps.weight import LazyWeight
+from hf_rps.layers.convolution import RPSConv
+from hf_rps.layers.kinds import kind_of
+from hf_rps.layers.linear import RPSLinear
+from hf_rps.layers.stand_in import WeightStandIn
+from hf_rps.mappings import definition
+from hf_rps.mappings.base import Target
+from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.products import views
+from hf_rps.products.autograd import linear_by_definition
+from hf_rps.products.base import Made, choose, products_of
+from hf_rps.products.views import Views
+from hf_rps.psi.bank import Bank
 
 KINDS = {
     "linear": {"kind": "linear"},
@@ -58,14 +64,11 @@ class Network(nn.Module):
         nn.init.normal_(self.bank.psi, std=self.bank.weight_map.init_std)
         self.layers = nn.ModuleList()
         for target, layer in zip(targets, dense, strict=True):
-            if kind == "convolution":
-                self.layers.append(RPSConv(target.name, self.bank, layer))
-            else:
-                self.layers.append(RPSLinear(target.name, self.bank, layer, kind == "conv1d"))
+            self.layers.append(kind_of(layer).layer(target.name, self.bank, layer))
         for layer in self.layers:
             if layer.bias is not None:
                 nn.init.normal_(layer.bias)
-        self.bank.watch(self)
+        self.bank.array.passes.watch(self)
 
     def forward(self, x, checkpointing=None):
         for layer in self.layers:
@@ -77,10 +80,8 @@ class Network(nn.Module):
 
     def by_definition(self, x, psi):
         """The same network from psi by slots and signs, one number at a time."""
-        weight_map = self.bank.weight_map
         for layer in self.layers:
-            factor = torch.from_numpy(weight_map.signs(layer.name)).to(psi) * weight_map.scale(layer.name)
-            weight = psi[torch.from_numpy(weight_map.slots(layer.name))] * factor
+            weight = definition.weight(psi, self.bank.weight_map, layer.name)
             if isinstance(layer, RPSConv):
                 x = F.conv1d(x, weight.view(layer.weight.shape), layer.bias, padding=1)
             else:
@@ -92,27 +93,26 @@ class Network(nn.Module):
         """Gradient of ``loss_of(psi)`` divided as ``grad_scaling`` says, by definition."""
         psi = self.bank.psi.detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(loss_of(psi), psi)
-        gamma = torch.from_numpy(self.bank.weight_map.squared_scale_array()).to(psi)
+        gamma = torch.from_numpy(definition.gamma(self.bank.weight_map)).to(psi)
         divisor = {"projection": gamma, "norm": gamma.sqrt(), "none": torch.ones_like(gamma)}[self.bank.grad_scaling]
         return gradient / divisor.masked_fill(divisor == 0, 1)
 
 
 def ways(options):
-    """How the weights of such a network may be read: views of psi, made for a product, made once a pass."""
-    if options.get("mapping", "fold") != "fold" or options.get("sign") == "element":
-        return ["indexed"]
-    return ["views", "unfolded"] if options["kind"] == "convolution" else ["views", "made", "unfolded"]
+    """How the weights of such a network may be read: views of psi, or made for a product."""
+    indexed = options.get("mapping", "fold") != "fold" or options.get("sign") == "element"
+    return ["made"] if indexed or options["kind"] == "convolution" else ["views", "made"]
 
 
 @pytest.fixture(params=[(kind, way) for kind, options in KINDS.items() for way in ways(options)], ids=", ".join)
-def network(request, monkeypatch):
+def network(request):
     kind, way = request.param
-    monkeypatch.setattr(kernels, "makes_weight", lambda x, layout: way == "made")
-    monkeypatch.setattr(mapping, "UNFOLD_UP_TO", 1 << 20 if way == "unfolded" else 0)
     torch.manual_seed(0)
-    network = Network(**KINDS[kind])
-    assert network.bank.weight_map.unfolds == (way == "unfolded")
-    return network
+    return read(Network(**KINDS[kind]), way)
+
+
+def is_open(network):
+    return getattr(network.bank.array.passes._open_here, "readings", None) is not None
 
 
 def inputs(dtype=torch.float64):
@@ -149,9 +149,10 @@ def test_long_pieces_are_divided_in_place():
     targets = [Target("a", 256, 512, 0.1), Target("b", 512, 256, 0.2)]
     bank = Bank(WeightMap(targets, ratio=0.6), dtype=torch.float64)
     gradient = torch.randn(bank.weight_map.m, dtype=torch.float64)
-    expected = gradient / bank.divisor(gradient.device, gradient.dtype)
-    bank.divide_(gradient)
-    assert isinstance(next(iter(bank._divisors.values())), tuple), "the piecewise branch was meant"
+    divisor = bank.array.divisor
+    expected = gradient / divisor.tensor(gradient.device, gradient.dtype)
+    divisor.divide_(gradient)
+    assert not divisor.kept_tensors(), "the piecewise branch was meant"
     torch.testing.assert_close(gradient, expected)
 
 
@@ -211,12 +212,12 @@ def test_an_exception_in_mid_backward_leaves_nothing_behind(network):
 
     armed = True
     h = torch.tanh(network.layers[0](x))
-    network.bank._open(network, ())
+    network.bank.array.passes._open(network, ())
     h = torch.tanh(network.layers[0](x))
     h.register_hook(interrupt)
     for layer in network.layers[1:]:
         h = torch.tanh(layer(h))
-    network.bank._close(network, (), None)
+    network.bank.array.passes._close(network, (), None)
     loss = h.square().sum()
     with pytest.raises(Interrupted):
         loss.backward(retain_graph=True)
@@ -232,7 +233,7 @@ def test_an_exception_in_mid_backward_leaves_nothing_behind(network):
 def test_an_exception_in_forward_closes_the_pass(network):
     with pytest.raises(RuntimeError):
         network(torch.zeros(2, 3, dtype=torch.float64))
-    assert network.bank._passes.gates is None
+    assert not is_open(network)
     network(inputs()).sum().backward()
 
 
@@ -244,16 +245,6 @@ def test_held_gradients_are_not_overwritten():
     network.zero_grad()
     network(inputs()).sum().backward()
     torch.testing.assert_close(held, before)
-    address = held.data_ptr()
-    del held
-    second = network.bank.psi.grad.data_ptr()
-    assert second != address
-    network.zero_grad()
-    network(inputs()).sum().backward()
-    assert network.bank.psi.grad.data_ptr() == second, "memory that nobody holds is taken again"
-    with torch.no_grad():
-        network(inputs())
-    assert network.bank._spare is None
 
 
 def test_frozen_psi_and_frozen_input(network):
@@ -282,7 +273,7 @@ def test_double_backward():
         torch.manual_seed(0)
         network = Network(grad_scaling="none", **options)
         x = inputs()
-        network.bank.unwatch()  # gradcheck compares psi's own gradients, so psi must be an argument
+        network.bank.array.passes.unwatch()  # gradcheck compares psi's own gradients, so psi must be an argument
         psi = network.bank.psi.detach().clone().requires_grad_()
 
         def with_psi(x, psi, network=network):
@@ -297,7 +288,7 @@ def test_double_backward():
 
 
 def test_functorch_takes_the_plain_path(network):
-    network.bank.grad_scaling = "none"
+    network.bank.array.divisor.scaling = "none"
     parameters = dict(network.named_parameters())
     x = inputs().detach()
 
@@ -421,11 +412,10 @@ def test_compile_whole_graph(backend):
 
 @pytest.mark.parametrize("made", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_compiled_inference(monkeypatch, made, bias):
+def test_compiled_inference(made, bias):
     """Without gradients a compiler is given the products on views: no weight is made."""
     torch._dynamo.reset()
-    monkeypatch.setattr(kernels, "makes_weight", lambda x, layout: made)
-    network = Network(dtype=torch.float32, bias=bias, ratio=0.2)
+    network = read(Network(dtype=torch.float32, bias=bias, ratio=0.2), "made" if made else "views")
     x, graphs = inputs(torch.float32).detach(), []
 
     def backend(graph, examples):
@@ -442,16 +432,16 @@ def test_compiled_inference(monkeypatch, made, bias):
 @pytest.mark.parametrize("ratio", [0.6, 0.3])
 def test_a_single_token_is_shared_out(monkeypatch, threads, ratio):
     """With several threads every thread has its own part of a product with one token, and the rest is not lost."""
-    monkeypatch.setattr(kernels, "_SHARE_OUT_FROM", 1)
+    monkeypatch.setattr(views, "_SHARE_OUT_FROM", 1)
     weight_map = WeightMap([Target("a", 40, 24, 0.1), Target("b", 25, 24, 0.1)], ratio=ratio)
     psi = torch.randn(weight_map.m)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        for name, rows in (("a", 40), ("b", 25)):
-            layout, scale, x = weight_map.layout(name), torch.randn(rows), torch.randn(1, 1, 24)
-            found = kernels.linear(x, psi, None, scale, layout)
-            torch.testing.assert_close(found, x @ dense_weight(psi, layout, scale).t())
+        for name in ("a", "b"):
+            product, x = Views(weight_map.matrix(name)), torch.randn(1, 1, 24)
+            found = product.linear(x, psi, None)
+            torch.testing.assert_close(found, x @ definition.weight(psi, weight_map, name).t())
     finally:
         torch.set_num_threads(before)
 
@@ -461,9 +451,13 @@ def test_what_is_made():
     weight_map = WeightMap([Target("a", 768, 768, 0.1), Target("b", 768, 768, 0.1)], ratio=0.9)
     many = WeightMap(weight_map.targets, ratio=0.01)
     x = torch.zeros(64, 768)
-    assert not usual["makes_weight"](x, weight_map.layout("a"))
-    assert usual["makes_weight"](x.expand(64, 64, 768), weight_map.layout("a"))
-    assert usual["makes_weight"](x, many.layout("a"))
+    few_runs, many_runs = products_of(weight_map.matrix("a")), products_of(many.matrix("a"))
+    assert isinstance(choose(few_runs, x), Views)
+    assert isinstance(choose(few_runs, x.expand(64, 64, 768)), Made)
+    assert isinstance(choose(many_runs, x), Made)
+    two_runs = products_of(weight_map.matrix("b"))
+    assert isinstance(choose(two_runs, x), Views)
+    assert isinstance(choose(two_runs, x.to("meta")), Made), "on any device but a CPU launches are dear"
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
@@ -491,7 +485,7 @@ def test_lazy_weight_reads_as_a_tensor(network):
     layer = network.layers[0]
     weight = layer.weight
     dense = layer.dense_weight()
-    assert isinstance(weight, LazyWeight)
+    assert isinstance(weight, WeightStandIn)
     assert (weight.shape, weight.dtype, weight.device) == (dense.shape, dense.dtype, dense.device)
     assert weight.ndim == weight.dim() == dense.ndim
     assert weight.size(0) == dense.size(0)
@@ -505,12 +499,10 @@ def test_lazy_weight_reads_as_a_tensor(network):
 def test_reference_equals_weight_by_definition():
     network = Network(ratio=0.004)
     layer, psi = network.layers[1], network.bank.psi
-    factor = layer.shared.factor(psi.device, psi.dtype).view(-1)
-    weight = dense_weight(psi, layer.shared.layout, factor)
-    slots = torch.from_numpy(network.bank.weight_map.slots(layer.name))
-    torch.testing.assert_close(weight, psi[slots] * factor[:, None])
+    weight = definition.weight(psi, network.bank.weight_map, layer.name)
+    torch.testing.assert_close(layer.shared.matrix.weight(psi), weight)
     x = torch.randn(2, layer.in_features, dtype=torch.float64)
-    torch.testing.assert_close(rps_linear_reference(x, psi, layer.shared.layout, factor, layer.bias), layer(x))
+    torch.testing.assert_close(linear_by_definition(x, psi, layer.bias, layer.shared.matrix), layer(x))
 
 
 def test_no_dense_tensor_is_made(monkeypatch):
@@ -544,10 +536,10 @@ def test_data_parallel_is_refused():
 
 def test_a_pass_that_was_never_closed_does_not_outlive_the_next_call(network):
     """Compiled code may end a pass without its closing hook; the next call must not find that pass's gates."""
-    network.bank._open(network, ())
+    network.bank.array.passes._open(network, ())
     network.layers[0](inputs())
     with torch.no_grad():
         network.bank.psi.mul_(2)
     x = inputs()
     torch.testing.assert_close(network(x), network.by_definition(x, network.bank.psi))
-    assert network.bank._passes.gates is None
+    assert not is_open(network)

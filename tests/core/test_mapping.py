@@ -9,7 +9,12 @@ import torch
 import transformers
 
 from hf_rps import RPSConfig
-from hf_rps.mapping import Target, WeightMap, sharing_group
+from hf_rps.mappings import definition
+from hf_rps.mappings.base import SharedMatrix, Target
+from hf_rps.mappings.fold import FoldMatrix
+from hf_rps.mappings.table import MAPPINGS, register
+from hf_rps.mappings.weight_map import WeightMap, sharing_group
+from hf_rps.psi.divisor import Divisor, load
 from hf_rps.targets import find_targets
 
 TARGETS = [
@@ -29,11 +34,55 @@ def make(**changes):
 def test_layout_and_gamma_agree_with_slots(sharing, ratio):
     weight_map = make(sharing=sharing, ratio=ratio)
     for target in TARGETS:
-        flat = [slot for a, length in weight_map.runs(target.name) for slot in range(a, a + length)]
+        runs = weight_map.matrix(target.name).layout.runs
+        flat = [slot for a, length in runs for slot in range(a, a + length)]
         assert weight_map.slots(target.name).ravel().tolist() == flat
-    lengths, values = zip(*weight_map.squared_scales, strict=True)
-    assert sum(lengths) == weight_map.m
-    np.testing.assert_allclose(np.repeat(values, lengths), weight_map.squared_scale_array(), rtol=1e-12)
+    np.testing.assert_allclose(load(weight_map).numpy(), definition.gamma(weight_map), rtol=1e-12)
+    divisor = Divisor(weight_map, "projection").tensor(torch.device("cpu"), torch.float64)
+    np.testing.assert_allclose(divisor.numpy(), definition.gamma(weight_map), rtol=1e-12)
+
+
+@pytest.mark.parametrize("sign", ["row", "element", "none"])
+@pytest.mark.parametrize("mapping", list(MAPPINGS))
+def test_every_method_of_a_matrix_follows_the_definition(mapping, sign):
+    """The default methods of the protocol, and those that the mapping has of its own."""
+    weight_map = make(mapping=mapping, sign=sign)
+    psi = torch.randn(weight_map.m, dtype=torch.float64, requires_grad=True)
+    total = torch.zeros(weight_map.m, dtype=torch.float64)
+    for target in TARGETS:
+        expected = definition.weight(psi, weight_map, target.name)
+        matrix, base = weight_map.matrix(target.name), torch.randn(target.out_features, target.in_features).double()
+        torch.testing.assert_close(matrix.weight(psi), expected)
+        gradient = torch.randn_like(expected)
+        (adjoint,) = torch.autograd.grad(expected, psi, gradient, retain_graph=True)
+        loads = []
+        for one in (matrix, Plain(matrix)):
+            torch.testing.assert_close(one.make(psi.detach()), expected.detach())
+            torch.testing.assert_close(one.make(psi.detach(), base), base + expected.detach())
+            into = torch.ones_like(psi, requires_grad=False)
+            one.add_adjoint(into, gradient)
+            torch.testing.assert_close(into, 1 + adjoint)
+            into = torch.zeros_like(psi, requires_grad=False)
+            one.add_load(into, 2.0)
+            loads.append(into / 2)
+        torch.testing.assert_close(*loads)
+        total += loads[0]
+    np.testing.assert_allclose(total.numpy(), definition.gamma(weight_map), rtol=1e-6)
+
+
+class Plain(SharedMatrix):
+    """A matrix with nothing but its definition."""
+
+    def __init__(self, matrix):
+        self.rows, self.cols, self.weight = matrix.rows, matrix.cols, matrix.weight
+
+    def weight(self, psi):
+        """Taken from the matrix."""
+
+
+def test_a_mapping_has_a_name_of_its_own():
+    with pytest.raises(ValueError, match="there is a mapping 'fold' already"):
+        register(type("Other", (MAPPINGS["hash"],), {"name": "fold"}))
 
 
 @pytest.mark.parametrize("mapping", ["fold", "roast", "hash"])
@@ -64,8 +113,8 @@ def test_signs():
     assert make(sign="row").signs("pooler").shape == (16, 1)
     assert make(sign="element").signs("pooler").shape == (16, 40)
     assert (make(sign="none").signs("pooler") == 1).all()
-    assert not make(sign="element").is_view
-    assert not make(mapping="hash").is_view
+    assert isinstance(make().matrix("pooler"), FoldMatrix)
+    assert not isinstance(make(sign="element").matrix("pooler"), FoldMatrix)
 
 
 def test_default_init_std_is_rms_times_cube_root_of_the_ratio():
@@ -122,6 +171,6 @@ def test_views_of_real_shapes_start_on_16_bytes_in_bfloat16(name, sharing):
         if weight_map.m < 8 * 4096:  # segments so small that alignment would cost them rotations
             continue
         for target in targets:
-            starts = [slot for _, _, slot in weight_map.layout(target.name).blocks]
+            starts = [slot for _, _, slot in weight_map.matrix(target.name).layout.blocks]
             if target.in_features % 8 == 0:
                 assert all(slot % 8 == 0 for slot in starts), (target, ratio)

@@ -13,10 +13,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_rps import RPSConfig, get_rps_model
-from hf_rps.bank import Bank
-from hf_rps.functional import dense_weight
-from hf_rps.layers import RPSLinear
-from hf_rps.mapping import Target, WeightMap
+from hf_rps.layers.linear import RPSLinear
+from hf_rps.mappings.base import Target
+from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.psi.bank import Bank
 
 ROWS, COLS, LAYERS = 400, 320, 8  # 1,024,000 weights on 1,024 slots
 ROUNDING = 2.0**-8  # what rounding to bfloat16 changes a number by, relatively: at most this, at random less than half
@@ -32,7 +32,7 @@ class Shared(nn.Module):
         nn.init.normal_(self.bank.psi, std=self.bank.weight_map.init_std)
         dense = [nn.Linear(COLS, ROWS, bias=False) for _ in targets]
         self.layers = nn.ModuleList(RPSLinear(t.name, self.bank, d) for t, d in zip(targets, dense, strict=True))
-        self.bank.watch(self)
+        self.bank.array.passes.watch(self)
 
     def forward(self, x):
         return torch.stack([layer(part) for layer, part in zip(self.layers, x, strict=True)])
@@ -66,8 +66,7 @@ def accumulated_in_bfloat16(model, x, gy):
     psi = model.bank.psi.detach().bfloat16().requires_grad_()
     outputs = []
     for i, target in enumerate(weight_map.targets):
-        scales = torch.from_numpy(weight_map.signs(target.name)).float().flatten() * weight_map.scale(target.name)
-        outputs.append(F.linear(x[i], dense_weight(psi, weight_map.layout(target.name), scales)))
+        outputs.append(F.linear(x[i], weight_map.matrix(target.name).weight(psi)))
     torch.stack(outputs).backward(gy)
     return psi.grad
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_rps import RPSConfig, get_rps_model
-from hf_rps.convert import find_bank
+from hf_rps.conversion import find_bank
 
 
 @pytest.fixture

@@ -12,35 +12,32 @@ import torch
 from checkpoints import equal, rewrite
 from forks import forks
 from paths import environment
-from processes import AS_LARGE
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from ways import read
 
-from hf_rps import RPSConfig, get_rps_model, mapping, size_report
-from hf_rps.convert import find_bank
+from hf_rps import RPSConfig, get_rps_model, size_report
+from hf_rps.conversion import find_bank
 
 
-@pytest.mark.parametrize("large", [True, False])
-def test_in_a_fresh_process(saved, ids, large, monkeypatch):
+@pytest.mark.parametrize("way", ["views", "made"])
+def test_in_a_fresh_process(saved, ids, way):
     """Bit for bit, whichever way the weights are read."""
     model, folder = saved
-    if not large:
-        monkeypatch.setattr(mapping, "UNFOLD_UP_TO", 1 << 20)
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        assert find_bank(model).weight_map.unfolds
-    torch.save(model(ids).logits, folder / "logits.pt")
+    torch.save(read(model, way)(ids).logits, folder / "logits.pt")
     code = f"""
         import sys, torch, hf_rps
         from transformers import AutoModelForCausalLM
+        from ways import read
         folder = {str(folder)!r}
         torch.set_num_threads(1)
         model = AutoModelForCausalLM.from_pretrained(folder)
-        logits = model(torch.arange(18).view(2, 9) * 5 % 97).logits
+        logits = read(model, {way!r})(torch.arange(18).view(2, 9) * 5 % 97).logits
         assert torch.equal(logits, torch.load(folder + "/logits.pt")), "logits differ"
     """
-    code = (AS_LARGE if large else "") + textwrap.dedent(code)
-    if large:  # an interpreter that shares nothing with this one, not even what was imported
+    code = textwrap.dedent(code)
+    if way == "views":  # an interpreter that shares nothing with this one, not even what was imported
         subprocess.run([sys.executable, "-c", code], check=True, env=environment(HF_HUB_OFFLINE="1"))
     else:
         child = forks().run_code(code, [], folder.parent)

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from hf_rps import RPSConfig, get_rps_model, to_dense
-from hf_rps.convert import find_bank
-from hf_rps.layers import RPSLinear
+from hf_rps.conversion import find_bank
+from hf_rps.layers.linear import RPSLinear
 
 
 def test_head_to_base_to_head(saved, ids, tmp_path):

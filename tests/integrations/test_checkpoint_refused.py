@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.quantizers import auto as quantizers
 
 from hf_rps import RPSConfig, get_rps_model
-from hf_rps.convert import find_bank
+from hf_rps.conversion import find_bank
 
 
 def test_load_state_dict_of_another_map_is_refused(saved, tiny):

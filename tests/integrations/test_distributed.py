@@ -9,7 +9,7 @@ import torch
 from processes import run_processes
 
 from hf_rps import RPSConfig, get_rps_model, size_report
-from hf_rps.convert import find_bank
+from hf_rps.conversion import find_bank
 
 FORMS = ["ddp", "ddp checkpoint", "ddp static checkpoint reentrant", "fsdp", "fsdp reshard", "fsdp reshard checkpoint"]
 MODES = ["native", "replace", "delta"]
@@ -18,8 +18,9 @@ SCRIPT = """
     from torch.nn.parallel import DistributedDataParallel
     from transformers import LlamaConfig, LlamaForCausalLM
     from hf_rps import RPSConfig, get_rps_model
+    from ways import read
 
-    mode, out, *forms = sys.argv[1:]
+    mode, way, out, *forms = sys.argv[1:]
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
 
@@ -32,6 +33,7 @@ SCRIPT = """
             model = get_rps_model(base, RPSConfig(ratio=0.15))
         else:
             model = get_peft_model(base, RPSConfig(ratio=0.15, mode=mode))
+        read(model, way)
         wrapped = model
         if "checkpoint" in form:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": "reentrant" in form})
@@ -71,18 +73,18 @@ SCRIPT = """
 """
 
 
-def run(tmp_path, mode, forms, processes, check=True, large=True):
+def run(tmp_path, mode, forms, processes, check=True, way="views"):
     out = tmp_path / f"{mode}-{processes}.pt"
-    errors = run_processes(tmp_path, SCRIPT, [mode, out, *forms], processes, check, large)
+    errors = run_processes(tmp_path, SCRIPT, [mode, way, out, *forms], processes, check)
     return torch.load(out) if check else errors
 
 
-@pytest.fixture(scope="module", params=[*((mode, "large") for mode in MODES), (MODES[0], "small")], ids=" ".join)
+@pytest.fixture(scope="module", params=[*((mode, "views") for mode in MODES), (MODES[0], "made")], ids=" ".join)
 def results(request, tmp_path_factory):
-    """What one process gives, and by form what two give; for a small model, which makes its weights, too."""
-    (mode, size), folder = request.param, tmp_path_factory.mktemp("results")
-    alone = run(folder, mode, ["plain"], 1, large=size == "large")["plain"]
-    return alone, run(folder, mode, FORMS, 2, large=size == "large")
+    """What one process gives, and by form what two give; by views and, once, by made weights."""
+    (mode, way), folder = request.param, tmp_path_factory.mktemp("results")
+    alone = run(folder, mode, ["plain"], 1, way=way)["plain"]
+    return alone, run(folder, mode, FORMS, 2, way=way)
 
 
 @pytest.mark.parametrize("form", FORMS)

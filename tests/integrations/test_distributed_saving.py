@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import AutoModelForCausalLM
 
 from hf_rps import RPSConfig, get_rps_model, size_report
-from hf_rps.convert import find_bank
+from hf_rps.conversion import find_bank
 
 SAVING = """
     import transformers

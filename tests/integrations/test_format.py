@@ -11,7 +11,7 @@ from paths import FIXTURES
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from hf_rps.convert import find_bank
+from hf_rps.conversion import find_bank
 
 FOLDER = FIXTURES / "format_2"
 IDS = torch.arange(16).view(2, 8) * 5 % 61

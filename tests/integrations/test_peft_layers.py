@@ -13,9 +13,14 @@ from peft_adapters import MODES, config, equal, layers, logits, psi
 from torch import nn
 
 from hf_rps import RPSConfig
-from hf_rps.functional import rps_delta_linear, rps_delta_linear_reference
 from hf_rps.integrations.peft.layers import DeltaLinear
-from hf_rps.weight import LazyWeight
+from hf_rps.layers.stand_in import WeightStandIn
+from hf_rps.mappings import definition
+from hf_rps.mappings.base import Target
+from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.products.autograd import shared_linear
+from hf_rps.products.base import Made
+from hf_rps.psi.sink import GradientBuffer
 
 
 @settings(max_examples=30, deadline=None)
@@ -24,29 +29,25 @@ from hf_rps.weight import LazyWeight
     transposed=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_delta_function_equals_its_reference(rows, cols, m, tokens, transposed, seed):
-    from hf_rps.functional import GradientBuffer
-    from hf_rps.mapping import Target, WeightMap
-
     weight_map = WeightMap([Target("w", rows, cols, 0.1)], ratio=min(1.0, m / (rows * cols)), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     weight = draw(cols, rows).t() if transposed else draw(rows, cols)
-    scale = torch.from_numpy(weight_map.signs("w")).double().view(-1) * weight_map.scale("w")
     inputs = [draw(tokens, cols), draw(weight_map.m), draw(rows)]
     gradients, outputs = [], []
     gy = draw(tokens, rows)
     for fast in (True, False):
-        x, array, bias = (t.clone().requires_grad_() for t in inputs)
-        buffer = GradientBuffer(torch.zeros_like)
-        layout = weight_map.layout("w")
-        function = rps_delta_linear if fast else rps_delta_linear_reference
-        y = function(x, weight, array, layout, scale, bias, *([buffer] if fast else []))
-        summed = []
-        if fast:  # the buffer belongs to the pass that fills it; a hook on x runs inside that pass
+        x, psi, bias = (t.clone().requires_grad_() for t in inputs)
+        buffer, summed = GradientBuffer(), []
+        if fast:
+            y = shared_linear(x, psi, bias, Made(weight_map.matrix("w")), buffer, weight)
+            # the buffer belongs to the pass that fills it; a hook on x runs inside that pass
             x.register_hook(lambda g, b=buffer, s=summed: s.append(b.take()))
+        else:
+            y = F.linear(x, weight + definition.weight(psi, weight_map, "w"), bias)
         y.backward(gy)
         outputs.append(y.detach())
-        gradients.append([x.grad, summed[0] if fast else array.grad, bias.grad])
+        gradients.append([x.grad, summed[0] if fast else psi.grad, bias.grad])
     torch.testing.assert_close(outputs[0], outputs[1])
     torch.testing.assert_close(gradients[0], gradients[1])
 
@@ -75,15 +76,15 @@ def explicit(model, dense, ids):
     weights = {}
     for name, layer in layers(model).items():
         shared = layer.shared["default"]
-        slots = torch.from_numpy(shared.array.weight_map.slots(shared.name))
-        weight = layer._oriented(array[slots] * shared.factor(torch.device("cpu"), torch.float32))
+        weight = layer.kind.stored(definition.weight(array, shared.source.array.weight_map, shared.name))
         name = name.removeprefix("base_model.model.")
         weights[f"{name}.weight"] = weight + (dense.get_parameter(f"{name}.weight") if layer_is_delta(layer) else 0)
     loss = torch.func.functional_call(dense, weights, (), {"input_ids": ids, "labels": ids}).loss
     loss.backward()
-    return loss.detach(), array.grad / next(iter(layers(model).values())).shared["default"].array.divisor(
-        "cpu", array.dtype
-    )
+    gamma = torch.from_numpy(definition.gamma(shared.source.array.weight_map)).to(array)
+    gamma.masked_fill_(gamma == 0, 1)
+    scaling = shared.source.array.divisor.scaling
+    return loss.detach(), array.grad / {"projection": gamma, "norm": gamma.sqrt(), "none": 1.0}[scaling]
 
 
 def layer_is_delta(layer):
@@ -216,7 +217,7 @@ def test_models_that_read_the_weight_themselves_see_the_adapter(mode):
     torch.manual_seed(0)
     model = get_peft_model(Reader(), config(mode, target_modules=["lin"], ratio=0.5))
     layer, x = model.base_model.model.lin, torch.randn(3, 8)
-    assert isinstance(layer.weight, LazyWeight)
+    assert isinstance(layer.weight, WeightStandIn)
     torch.testing.assert_close(model(x), layer(x))
     model(x).sum().backward()
     assert psi(model).grad.abs().sum() > 0

@@ -9,7 +9,6 @@ import torch
 from paths import environment
 from peft import PeftModel, get_model_status, get_peft_model
 from peft_adapters import MODES, config, equal, layers, logits, psi
-from processes import AS_LARGE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -61,7 +60,6 @@ def test_round_trips_in_a_new_process(tiny, ids, tmp_path):
         for mode in ("delta", "replace"):
             check(AutoModelForCausalLM.from_pretrained(folder / f"{mode} merged"), f"{mode} merged")
         import hf_rps
-        AS_LARGE
         from peft import AutoPeftModelForCausalLM, PeftModel
         for mode in ("delta", "replace"):
             check(AutoPeftModelForCausalLM.from_pretrained(folder / mode), mode)
@@ -79,7 +77,7 @@ def test_round_trips_in_a_new_process(tiny, ids, tmp_path):
             check(model, f"{mode} other")
     """
     child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script).replace("AS_LARGE\n", AS_LARGE), str(tmp_path)],
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
         capture_output=True, text=True, env=environment(OMP_NUM_THREADS="1"), check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-3000:]

@@ -7,8 +7,8 @@ from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_rps import RPSConfig, get_rps_model
-from hf_rps.baselines.magnitude import most_kept, prune_by_magnitude, remove_pruning, sparse_bytes
 from hf_rps.targets import find_targets
+from studies.methods.magnitude import most_kept, prune_by_magnitude, remove_pruning, sparse_bytes
 
 
 class Pair(nn.Module):

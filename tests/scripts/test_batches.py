@@ -1,4 +1,4 @@
-"""scripts/_batches.py: any number of processes, resumed anywhere, sees every sample of an epoch once, in one order."""
+"""finetuning/batches.py: any number of processes, resumed anywhere, sees each sample of an epoch once, in one order."""
 
 from itertools import chain
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 datasets = pytest.importorskip("datasets")
-from _batches import COUNT, NUMBERS, Batches  # noqa: E402
+from finetuning.batches import COUNT, NUMBERS, Batches  # noqa: E402
 
 
 def collate(rows):

@@ -2,8 +2,9 @@
 
 import sys
 
-import bench
 import pytest
+
+from benchmark import cli as bench
 from benchmark.models import make
 from benchmark.runner import Job, measure
 from benchmark.settings import Settings
@@ -176,8 +177,9 @@ def test_fakeroast_beside_dense(fakeroast, capfd):
 
 
 def test_conv1d_is_replaced_for_the_authors_code(fakeroast, monkeypatch):
-    from benchmark import models
     from transformers import GPT2Config
+
+    from benchmark import models
 
     tiny_gpt2 = GPT2Config(
         n_embd=16, n_layer=1, n_head=2, vocab_size=32, bos_token_id=None, eos_token_id=None, pad_token_id=None

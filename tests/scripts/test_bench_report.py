@@ -2,8 +2,9 @@
 
 import json
 
-import bench
 import pytest
+
+from benchmark import cli as bench
 from benchmark import costs, report
 from benchmark.runner import WORKS
 from benchmark.runner import subjects as subjects_of

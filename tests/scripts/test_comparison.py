@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from comparison import methods, studies, tasks
-from comparison.methods import METHODS
-from comparison.training import train
 from comparison_runs import TINY, tiny_run
+
+from studies.comparison import methods, tasks
+from studies.comparison import presets as studies
+from studies.comparison.methods import METHODS
+from studies.comparison.training import train
 
 
 @pytest.fixture
@@ -148,7 +150,7 @@ def test_divergence_counts_as_a_guess(data):
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.build is not None])
 def test_what_is_stored(task, method, data, monkeypatch):
     """Numbers in all are those of the model that is trained, but for weights that are held at zero."""
-    monkeypatch.setattr("hf_rps.baselines.at_start.SYNFLOW_ROUNDS", 5)
+    monkeypatch.setattr("studies.methods.at_start.SYNFLOW_ROUNDS", 5)
     data = tasks.load_text(32, 128) if task == "lm" else data
     run = tiny_run(method, task, compression=2)
     dense = methods.dense_model(run, data)

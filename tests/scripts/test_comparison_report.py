@@ -2,12 +2,12 @@
 
 import math
 
-import compare
 import numpy as np
 import pytest
-from comparison import report
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from studies.comparison import learning_rates, main_table, report
 
 
 @given(st.floats(-6.5, -2.5), st.floats(0.05, 2), st.booleans(), st.floats(-7, -3), st.integers(4, 7))
@@ -15,7 +15,7 @@ def test_peak_of_a_parabola(top, bend, higher, first, count):
     """Exact for a parabola over the logarithm of evenly spaced rates; the end of the grid where the top is beyond."""
     logs = first + 0.7 * np.arange(count)
     scores = (-1 if higher else 1) * bend * (logs - top) ** 2
-    found = math.log(report.peak(list(np.exp(logs)), list(scores), higher))
+    found = math.log(learning_rates.peak(list(np.exp(logs)), list(scores), higher))
     if logs[0] + 0.36 < top < logs[-1] - 0.36:
         assert found == pytest.approx(top, abs=1e-6)
     else:
@@ -32,7 +32,7 @@ def test_law_finds_its_exponent(exponent, best):
                         for shift in (-0.1, 0.1)]}
         for c in (1, 4, 20) for rate in rates
     ]  # fmt: skip
-    (fit,) = report.law_fits(rows)
+    (fit,) = learning_rates.law_fits(rows)
     assert fit["exponent"] == pytest.approx(exponent, abs=1e-6)
     assert fit["best"][1] == pytest.approx(math.exp(best), rel=1e-6)
     assert fit["error"] > 0
@@ -46,7 +46,7 @@ def test_tables_mark_the_best_the_edges_and_the_unreachable():
         common | {"method": "snip", "compression": 10, "learning_rate": 0.1, "at_edge": True, "test": [3.0, 3.2]},
         {"task": "lm", "method": "depth", "compression": 10, "unreachable": "why"},
     ]
-    table = report.compare_table(rows)
+    table = main_table.compare_table(rows)
     assert "| RPS | **2.500 ± 0.000** at 0.01 |" in table  # fewer bits are better
     assert "| SNIP | 3.100 ± 0.141 at 0.1\\* |" in table
     assert "| smaller dense, depth | can't reach |" in table
@@ -63,7 +63,7 @@ def test_the_page_is_filled_between_its_marks(tmp_path):
 
 
 def test_the_page_has_a_place_for_every_table():
-    page = compare.PAGE.read_text()
+    page = report.PAGE.read_text()
     for name in ("main", "storage", "learning-rate", "continuity"):
         assert f"<!-- {name}-vit -->" in page
         assert f"<!-- {name}-convnet -->" in page

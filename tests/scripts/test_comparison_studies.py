@@ -3,21 +3,24 @@
 import dataclasses
 import json
 
-import compare
 import pytest
-from comparison import studies
-from comparison.runner import Environment, Runner
-from comparison.training import Run
 from comparison_runs import TINY, tiny_run
 from hypothesis import given
 from hypothesis import strategies as st
+
+from studies.comparison import cli as compare
+from studies.comparison import learning_rates, stability
+from studies.comparison import presets as studies
+from studies.comparison.runner import Environment, Runner
+from studies.comparison.training import Run
 
 
 @pytest.fixture
 def tiny_presets(monkeypatch):
     """Both presets with models and data that train in a second."""
     preset = dataclasses.replace(studies.PRESETS["quick"], sizes=TINY, short=TINY, seeds=(0, 1))
-    monkeypatch.setattr(studies, "_LAW_RATES", {arm: rates[:3] for arm, rates in studies._LAW_RATES.items()})
+    law_rates = {arm: rates[:3] for arm, rates in learning_rates._LAW_RATES.items()}
+    monkeypatch.setattr(learning_rates, "_LAW_RATES", law_rates)
     monkeypatch.setitem(compare.PRESETS, "quick", preset)
     return preset
 
@@ -41,7 +44,7 @@ def test_runs_are_not_repeated(images, tmp_path, monkeypatch):
     assert [result["test"] for (result,) in first] == [result["test"] for (result,) in second]
     third = Runner(runner.environment)
     assert third.missing(runs) == []
-    monkeypatch.setattr("comparison.runner.ProcessPoolExecutor", None)  # nothing may be started
+    monkeypatch.setattr("studies.comparison.runner.ProcessPoolExecutor", None)  # nothing may be started
     assert third(runs) == second
 
 
@@ -95,8 +98,8 @@ def test_the_script_from_data_to_tables(images, tmp_path, tiny_presets, capsys):
 
 def test_stability_law_and_continuity_from_data_to_tables(images, tmp_path, tiny_presets, monkeypatch):
     """With STABLE-RPS and SGD the score is the same for every C; at 1x RPS is the dense model, ROAST is not."""
-    monkeypatch.setattr(studies, "INIT_STDS", (1e-3, 1e-1))
-    monkeypatch.setattr(studies, "RATES", {"adamw": (3e-3,), "sgd": (0.01, 0.1)})
+    monkeypatch.setattr(stability, "INIT_STDS", (1e-3, 1e-1))
+    monkeypatch.setattr(stability, "RATES", {"adamw": (3e-3,), "sgd": (0.01, 0.1)})
     compare.main(["--studies", "stability", "learning-rate", "continuity", "--seeds", "0",
                   "--fashion_mnist_dir", str(images), "--output_dir", str(tmp_path), "--workers", "1"])  # fmt: skip
     rows = {name: [json.loads(line) for line in (tmp_path / f"{name}-vit.jsonl").read_text().splitlines()]

@@ -12,11 +12,10 @@ from paths import SCRIPTS
 from transformers import BertConfig, BertModel
 
 pytest.importorskip("datasets")
-import _corpus
-import compress_encoder
-
 from hf_rps import RPSConfig
 from hf_rps.targets import find_targets
+from studies import corpus as _corpus
+from studies.encoder import stages as compress_encoder
 
 CONFIG = RPSConfig(exclude_modules=["pooler.dense"])
 

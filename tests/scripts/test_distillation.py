@@ -9,10 +9,10 @@ from finetune_runs import DIGITS, history, results
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, ByT5Tokenizer
 
 pytest.importorskip("datasets")
-import _objective
-from _arguments import DistillationArguments
-from _batches import COUNT, NUMBERS
-from _tasks import TASKS
+from finetuning import objective as _objective
+from finetuning.arguments.training import DistillationArguments
+from finetuning.batches import COUNT, NUMBERS
+from finetuning.tasks import TASKS
 
 
 def terms(task, student, teacher, batch, **weights):

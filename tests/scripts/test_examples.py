@@ -46,9 +46,10 @@ def test_trainer(tmp_path):
 @pytest.mark.parametrize("method", ["RPS", "LoRA", "VeRA", "UniLoRA", "UniLoRA-all"])
 def test_adapters_of_the_comparison_have_equal_budgets(method):
     """On an encoder of MiniLM's shape, but one head and small."""
-    from compare_adapters import adapter_config
     from peft import get_peft_model
     from transformers import BertConfig, BertModel
+
+    from studies.adapters import adapter_config
 
     config = BertConfig(hidden_size=48, intermediate_size=192, num_hidden_layers=6, num_attention_heads=4)
     for budget in (576, 1152):

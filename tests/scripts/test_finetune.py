@@ -21,7 +21,7 @@ RELOAD = """
 import csv, json, sys, torch, transformers as t, hf_rps
 from pathlib import Path
 from safetensors.torch import load_file
-from _data import load_digits
+from finetuning.data.sources import load_digits
 
 def inputs(task, folder, test, count):
     if task == "image-classification":

@@ -12,7 +12,7 @@ from paths import SCRIPTS
 pytest.importorskip("datasets")
 pytest.importorskip("evaluate")
 pytest.importorskip("sklearn")
-import _arguments
+from finetuning.arguments import cli as _arguments
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,9 @@ def plugin(**fields):
     ],
 )
 def test_refuses_what_can_not_work(base, monkeypatch, tmp_path, kind, mode, message):
-    import finetune as script
     from accelerate.utils import DistributedType
+
+    from finetuning import launch as script
 
     fake = SimpleNamespace(
         distributed_type=DistributedType[kind], is_fsdp2=False, state=SimpleNamespace(deepspeed_plugin=plugin())

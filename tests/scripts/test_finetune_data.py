@@ -5,8 +5,9 @@ import pytest
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("evaluate")
 pytest.importorskip("sklearn")
-import _data  # noqa: E402
-import _tasks  # noqa: E402
+from finetuning.data import columns as _data  # noqa: E402
+from finetuning.data import encoding as _tasks  # noqa: E402
+from finetuning.data.sources import load_digits  # noqa: E402
 
 
 def columns(features: list[str], task="text-classification", **given):
@@ -60,7 +61,7 @@ def test_blocks_keep_the_text():
 
 
 def test_digits_are_always_the_same():
-    digits = _data.load_digits()
+    digits = load_digits()
     assert {name: len(split) for name, split in digits.items()} == {"train": 1197, "validation": 150, "test": 450}
     assert digits["test"]["label"][:8] == [2, 0, 4, 9, 4, 1, 2, 4]
     assert digits["test"]["image"][0].size == (8, 8)

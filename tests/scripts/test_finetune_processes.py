@@ -38,7 +38,7 @@ def test_two_processes_equal_one(base, finetune, tmp_path, task, mode):
                 assert other[key] == pytest.approx(row[key], abs=1e-5, rel=1e-5), key
     assert results(two)["metrics"]["validation"] == pytest.approx(results(one)["metrics"]["validation"], rel=1e-4)
     parameters = results(two)["parameters"]
-    assert f"{4 * parameters['stored']:,} bytes of gradients are reduced a step over 2 processes" in log
+    assert f"{4 * parameters['stored']:,} bytes of gradients are reduced per step over 2 processes" in log
     assert parameters["stored"] == parameters["dense"] - parameters["n"] + parameters["m"]
 
 

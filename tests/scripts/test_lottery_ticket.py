@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_rps.baselines.lottery_ticket import densities, global_magnitude_masks, rewind
-from hf_rps.baselines.masks import apply_masks, masks_of, remove_pruning
+from studies.methods.lottery_ticket import densities, global_magnitude_masks, rewind
+from studies.methods.masks import apply_masks, masks_of, remove_pruning
 
 
 def network():

@@ -10,7 +10,9 @@ from transformers import AutoModel, ResNetConfig, ResNetForImageClassification
 from transformers.pytorch_utils import Conv1D
 
 from hf_rps import RPSConfig, get_rps_model
-from hf_rps.baselines.low_rank import (
+from hf_rps.layers.kinds import Candidate, kind_of
+from hf_rps.targets import find_targets
+from studies.methods.low_rank import (
     LowRankConv2d,
     LowRankLinear,
     choose_ranks,
@@ -18,8 +20,7 @@ from hf_rps.baselines.low_rank import (
     low_rank_numbers,
     spectral_factors,
 )
-from hf_rps.baselines.magnitude import prune_by_magnitude
-from hf_rps.targets import Candidate, find_targets
+from studies.methods.magnitude import prune_by_magnitude
 
 
 def conv(*arguments, **keywords):
@@ -225,8 +226,8 @@ def test_models_that_are_refused(tiny):
 def test_layers_that_are_refused(module, monkeypatch):
     """Whatever find_targets lets through."""
     model = nn.Sequential(module)
-    targets = [Candidate("0", module, False)]
-    monkeypatch.setattr("hf_rps.baselines.low_rank.find_targets", lambda model, config: targets)
+    targets = [Candidate("0", module, kind_of(module))]
+    monkeypatch.setattr("studies.methods.low_rank.find_targets", lambda model, config: targets)
     with pytest.raises(ValueError, match=r"target '0' is Conv.*groups=1.*exclude_modules"):
         get_low_rank_model(model, 0.5)
     assert model[0] is module

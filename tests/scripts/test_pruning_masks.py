@@ -6,9 +6,9 @@ from pruning_models import Net, batches_of, seeded, tiny_model
 from torch import nn
 
 from hf_rps import RPSConfig, get_rps_model
-from hf_rps.baselines.at_start import prune_at_start
-from hf_rps.baselines.masks import apply_masks, keep_largest, masks_of, remove_pruning, targeted_weights
-from hf_rps.baselines.scores import grasp_scores, snip_scores, synflow_scores
+from studies.methods.at_start import prune_at_start
+from studies.methods.masks import apply_masks, keep_largest, masks_of, remove_pruning, targeted_weights
+from studies.methods.scores import grasp_scores, snip_scores, synflow_scores
 
 
 def test_kept_is_global_and_ties_go_to_the_first():

@@ -7,10 +7,10 @@ import torch
 from pruning_models import Net, batches_of, seeded, tiny_model
 from torch import nn
 
-from hf_rps.baselines.at_start import NEEDS, prune_at_start
-from hf_rps.baselines.masks import masks_of, remove_pruning, targeted_weights
-from hf_rps.baselines.positive import norms_without_statistics
-from hf_rps.baselines.scores import grasp_scores, magnitude_scores, random_scores, snip_scores, synflow_scores
+from studies.methods.at_start import NEEDS, prune_at_start
+from studies.methods.masks import masks_of, remove_pruning, targeted_weights
+from studies.methods.positive import norms_without_statistics
+from studies.methods.scores import grasp_scores, magnitude_scores, random_scores, snip_scores, synflow_scores
 
 
 def with_gate(model, name, index, value, function):

@@ -20,7 +20,7 @@ RUN = DIGITS | {
 }  # fmt: skip
 LOAD = """
 import sys, torch, hf_rps
-from _data import load_digits
+from finetuning.data.sources import load_digits
 from huggingface_hub import hf_hub_download
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 model = AutoModelForImageClassification.from_pretrained("user/digits")
@@ -45,7 +45,9 @@ def environment(hub, folder):
 @pytest.fixture
 def readers(hub, tmp_path):
     """Processes forked from one that was started with the settings of the Hub, which are read on import."""
-    server = Forks(environment(hub, tmp_path), ["hf_rps", "_data", "transformers.models.auto.modeling_auto"])
+    server = Forks(
+        environment(hub, tmp_path), ["hf_rps", "finetuning.data.sources", "transformers.models.auto.modeling_auto"]
+    )
     yield server
     server.close()
 

@@ -5,7 +5,7 @@ import torch
 from tiny_models import CASES, RESNET, TinyCase
 from transformers import BartConfig, BartModel, LlamaConfig, LlamaForCausalLM, ResNetConfig
 
-from hf_rps.baselines.smaller import _CHANGES, _changed, count_parameters, smaller_config
+from studies.methods.smaller import _CHANGES, _changed, count_parameters, smaller_config
 
 BOTTLENECK = RESNET | {"layer_type": "bottleneck", "embedding_size": 8, "hidden_sizes": [16, 32, 64, 128],
                        "depths": [1, 1, 2, 1], "out_features": ["stage4"], "num_labels": 5}  # fmt: skip

@@ -1,12 +1,12 @@
-"""scripts/comparison/theory.py: its formulas against plain sums and full enumerations, and against measurements."""
+"""scripts/studies/theory: its formulas against plain sums and full enumerations, and against measurements."""
 
 from itertools import combinations, permutations, product
 
 import numpy as np
 import pytest
-from comparison import theory
 
-from hf_rps.folding import Fold
+from hf_rps.mappings.fold import Fold
+from studies import theory
 
 
 def pair(n, seed=0):
@@ -25,7 +25,7 @@ def estimate(x, y, m, slots, signs):
 def all_slots(n, m):
     """The slots (n,) of RANDOMFOLD for every choice of rotations."""
     for shifts in product(range(m), repeat=-(-n // m)):
-        runs = Fold(n, m, shifts).runs(0, n)
+        runs = Fold.of(n, m, shifts).runs(0, n)
         yield np.concatenate([np.arange(slot, slot + length) for slot, length in runs])
 
 

@@ -1,8 +1,9 @@
 """Runs of scripts/compare.py with models and data that train in a second."""
 
-from comparison import studies, tasks
-from comparison.studies import Size, make_run
-from comparison.training import Run
+from studies.comparison import presets as studies
+from studies.comparison import tasks
+from studies.comparison.presets import Size, make_run
+from studies.comparison.training import Run
 
 TINY = {
     "vit": Size(studies._vit(16, 32, 2, 14), 256, 1, 16),

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_rps import RPSConfig, get_rps_model, to_dense
-from hf_rps.convert import find_bank
-from hf_rps.layers import RPSLayer, RPSLinear
+from hf_rps.conversion import find_bank
+from hf_rps.layers.base import RPSLayer
+from hf_rps.layers.kinds import kind_of
+from hf_rps.mappings import definition
 
 
 def exact_at_ratio_one(dense: nn.Module, batch: dict, reference: dict[str, Tensor]) -> None:
@@ -54,12 +56,11 @@ def agrees_with_plain_reference(model: nn.Module, batch: dict) -> None:
     for name, layer in layers(model).items():
         dense_gradient = copied.get_submodule(name).weight.grad
         if dense_gradient is not None:
-            is_transposed = isinstance(layer, RPSLinear) and layer.transposed
-            dense_gradient = dense_gradient.t() if is_transposed else dense_gradient.flatten(1)
+            dense_gradient = kind_of(copied.get_submodule(name)).matrix(dense_gradient)
             factor = torch.from_numpy(bank.weight_map.signs(layer.name)) * bank.weight_map.scale(layer.name)
             slots = torch.from_numpy(bank.weight_map.slots(layer.name))
             gradient.index_add_(0, slots.flatten(), (dense_gradient.double() * factor).flatten())
-    gradient /= torch.from_numpy(bank.weight_map.squared_scale_array())
+    gradient /= torch.from_numpy(definition.gamma(bank.weight_map))
     found = bank.psi.grad
     assert found is not None
     assert torch.isfinite(found).all()

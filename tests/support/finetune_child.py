@@ -3,7 +3,7 @@
 import os
 import sys
 
-import finetune
+from finetuning import run
 
 
 def fsdp2(make):  # accelerate refuses FSDP on a CPU; from prepare() on, all is what a GPU runs
@@ -28,9 +28,9 @@ def fsdp2(make):  # accelerate refuses FSDP on a CPU; from prepare() on, all is 
 if __name__ == "__main__":
     sharded = os.environ.get("SHARDED_BY")
     if sharded == "fsdp2":
-        finetune.make_accelerator = fsdp2(finetune.make_accelerator)
+        run.make_accelerator = fsdp2(run.make_accelerator)
     elif sharded:
         from accelerate import PartialState
 
         PartialState(cpu=True)
-    finetune.main(sys.argv[1:])
+    run.main(sys.argv[1:])

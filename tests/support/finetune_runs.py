@@ -72,7 +72,7 @@ class Finetune:
 
     def __init__(self) -> None:
         self.server = forks.forks()
-        self.server.load("finetune")
+        self.server.load("finetuning.run")
 
     def start(self, cwd: Path, arguments: dict | list[str], processes: int = 1, **environment: str) -> Job:
         argv = flags(arguments) if isinstance(arguments, dict) else arguments

@@ -203,7 +203,7 @@ CASES = (
            num_attention_heads=4, intermediate_size=64, lru_width=32, attention_window_size=8,
            block_types=["recurrent", "attention"]),
     causal("rwkv", "Rwkv", "head", vocab_size=VOCAB, context_length=64, hidden_size=32, attention_hidden_size=32,
-           num_hidden_layers=2, intermediate_size=64),
+           num_hidden_layers=2, intermediate_size=64, rescale_every=0),  # which would write to weights
     # encoder-decoders
     seq2seq("t5", "T5ForConditionalGeneration", **T5),
     seq2seq("t5, gated and untied", "T5ForConditionalGeneration", **T5, feed_forward_proj="gated-gelu",

@@ -7,12 +7,15 @@ layers hold no parameter of an adapter, only plain references through which they
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from hf_rps.mapping import WeightMap
-from hf_rps.shared_array import Gated, SharedArray
+from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.psi.array import SharedArray
+from hf_rps.psi.passes import Reading
 
 
 class RPSTunerLayer(BaseTunerLayer):
@@ -25,19 +28,19 @@ class RPSTunerLayer(BaseTunerLayer):
         """Nothing: the array serves layers on any device, and its place is where it was made or loaded."""
 
 
-class AdapterArray(SharedArray):
-    """The shared array of one adapter, whose parameter is in ``owner.rps_psi``."""
+class AdapterSource:
+    """Where the layers of one adapter find its shared array: at ``bank``, under the adapter's name."""
 
-    def __init__(self, owner: AdapterBank, adapter_name: str, weight_map: WeightMap, grad_scaling: str):
-        super().__init__(weight_map, grad_scaling)
-        self.owner, self.adapter_name = owner, adapter_name
+    def __init__(self, bank: AdapterBank, adapter_name: str):
+        self.bank, self.adapter_name = bank, adapter_name
+        self.array = bank.arrays[adapter_name]
 
     @property
     def psi(self) -> nn.Parameter:
-        return self.owner.rps_psi[self.adapter_name]
+        return self.bank.rps_psi[self.adapter_name]
 
-    def _call_gate(self, device: torch.device, dtype: torch.dtype) -> Gated:
-        return self.owner(self, device, dtype)
+    def read(self, device: torch.device, dtype: torch.dtype) -> Reading:
+        return self.array.read(device, dtype, partial(self.bank, self.adapter_name))
 
 
 class ExpectedMaps(nn.ParameterDict):
@@ -68,19 +71,19 @@ class AdapterBank(nn.Module, RPSTunerLayer):
         super().__init__()
         self.rps_psi = nn.ParameterDict({})
         self.rps_map = ExpectedMaps({})
-        self.arrays: dict[str, AdapterArray] = {}
+        self.arrays: dict[str, SharedArray] = {}
         self.merged_adapters: list[str] = []
 
     weight = property(lambda self: None)  # those of BaseTunerLayer look for a base layer
     bias = property(lambda self: None)
 
-    def add(self, adapter_name: str, weight_map: WeightMap, grad_scaling: str, device, dtype) -> AdapterArray:
+    def add(self, adapter_name: str, weight_map: WeightMap, grad_scaling: str, device, dtype) -> AdapterSource:
         """Make the array of an adapter, uninitialised and frozen."""
         self.rps_psi[adapter_name] = nn.Parameter(
             torch.empty(weight_map.m, device=device, dtype=dtype), requires_grad=False
         )
-        array = self.arrays[adapter_name] = AdapterArray(self, adapter_name, weight_map, grad_scaling)
-        return array
+        self.arrays[adapter_name] = SharedArray(weight_map, grad_scaling)
+        return AdapterSource(self, adapter_name)
 
     def expect(self, adapter_name: str) -> None:
         """Let loaders check that what they load was made for the map of this adapter."""
@@ -93,17 +96,17 @@ class AdapterBank(nn.Module, RPSTunerLayer):
             del self.rps_map[adapter_name]
 
     def forward(self, x, device: torch.device | None = None, dtype: torch.dtype | None = None):
-        """Make a gate for an array, by way of the hooks on this module; see :meth:`SharedArray.make_gate`."""
-        if not isinstance(x, AdapterArray):
+        """Read anew the array of the adapter named ``x``: a call, so that the hooks on this module run around it."""
+        if not isinstance(x, str):
             return x
         self.rps_map.clear()  # in use, so nothing is being loaded
         hook = getattr(self.rps_psi, "_hf_hook", None)  # accelerate's offloading hooks the container, never called
         if hook is None:
-            return x.make_gate(device, dtype)
+            return self.arrays[x].enter(self.rps_psi[x], device, dtype)
         hook.pre_forward(self.rps_psi)
-        gate = x.make_gate(device, dtype)
+        reading = self.arrays[x].enter(self.rps_psi[x], device, dtype)
         hook.post_forward(self.rps_psi, None)
-        return gate
+        return reading
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Note what the layers merge, so that PEFT finds all tuner layers in one state."""
@@ -115,13 +118,13 @@ class AdapterBank(nn.Module, RPSTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.arrays:
-            self.arrays[adapter_name].unwatch()
+            self.arrays[adapter_name].passes.unwatch()
         super().delete_adapter(adapter_name)
 
     def close(self) -> None:
         """Take the hooks of all arrays off the model."""
         for array in self.arrays.values():
-            array.unwatch()
+            array.passes.unwatch()
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: n={a.weight_map.n}, m={a.weight_map.m}" for name, a in self.arrays.items())

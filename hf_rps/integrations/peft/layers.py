@@ -6,20 +6,15 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from hf_rps.functional import rps_delta_linear
+from hf_rps import internals
 from hf_rps.integrations.peft.bank import RPSTunerLayer
-from hf_rps.weight import LazyWeight, SharedWeight, compute_dtype, refuse_data_parallel, takes_plain_path
+from hf_rps.layers.base import refuse_data_parallel
+from hf_rps.layers.kinds import kind_of
+from hf_rps.layers.stand_in import WeightStandIn
+from hf_rps.psi.weight import SharedWeight, compute_dtype, takes_plain_path
 
 _FEW_TOKENS = 32  # below, two products are cheaper than building the sum of base weight and delta (measured)
-
-
-def features(layer: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a linear layer, also of one whose weight is packed or freed."""
-    if isinstance(layer, Conv1D):
-        return layer.nf, layer.nx
-    return layer.out_features, layer.in_features
 
 
 class AdapterLinear(nn.Module, RPSTunerLayer):
@@ -36,8 +31,8 @@ class AdapterLinear(nn.Module, RPSTunerLayer):
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
-        self.transposed = isinstance(base_layer, Conv1D)
-        self.out_features, self.in_features = features(base_layer)
+        self.kind = kind_of(base_layer)
+        self.out_features, self.in_features = self.kind.features(base_layer)
         self.shared: dict[str, SharedWeight] = {}  # by adapter
         self.merged_adapters: list[str] = []
         self.training = base_layer.training
@@ -47,10 +42,6 @@ class AdapterLinear(nn.Module, RPSTunerLayer):
 
     def _active(self) -> list[SharedWeight]:
         return [self.shared[name] for name in self.active_adapters if name in self.shared]
-
-    def _oriented(self, weight: Tensor) -> Tensor:
-        """(out_features, in_features) as the base layer stores it, or the other way round."""
-        return weight.t() if self.transposed else weight
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -101,10 +92,8 @@ class DeltaLinear(AdapterLinear):
         return (
             self.quantization_backend is None
             and x.numel() >= _FEW_TOKENS * self.in_features
-            and type(base).forward in (nn.Linear.forward, Conv1D.forward)
-            and "forward" not in base.__dict__  # as accelerate's hooks put there
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
-            and shared.is_view
+            and self.kind.can_share(base)
+            and not internals.is_hooked(base)
             and weight.dtype in (torch.float32, torch.float64)
             and not weight.requires_grad
             and weight.device == x.device
@@ -114,25 +103,22 @@ class DeltaLinear(AdapterLinear):
         )
 
     def _fused(self, x: Tensor, shared: SharedWeight) -> Tensor:
-        weight = self._oriented(self.base_layer.weight)
-        psi, buffer = shared.array.gated(x.device, weight.dtype)
-        factor = shared.factor(x.device, weight.dtype).view(-1)
-        x = x.to(compute_dtype(x.device, x.dtype))
-        return rps_delta_linear(x, weight, psi, shared.layout, factor, self.base_layer.bias, buffer)
+        weight = self.kind.matrix(self.base_layer.weight)
+        return shared.added_linear(x.to(compute_dtype(x.device, x.dtype)), weight, self.base_layer.bias)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The change that an adapter makes, as the base layer stores its weight and in the array's dtype."""
-        return self._oriented(self.shared[adapter_name].dense())
+        return self.kind.stored(self.shared[adapter_name].dense())
 
     @property
-    def weight(self) -> Tensor | LazyWeight:
+    def weight(self) -> Tensor:
         """The weight in use, for models that read it directly: the sum, made when it is used."""
         weight = super().weight
         active = [] if self.disable_adapters or self.merged else self._active()
         if not active or self.quantization_backend is not None:
             return weight
-        return LazyWeight(
-            lambda: weight + sum(self._oriented(s.materialise(weight.device, weight.dtype)) for s in active),
+        return WeightStandIn.of(
+            lambda: weight + sum(self.kind.stored(s.materialise(weight.device, weight.dtype)) for s in active),
             weight.shape,
             like=weight,
         )
@@ -150,7 +136,7 @@ class DeltaLinear(AdapterLinear):
                 continue
             total = self._sum(name, 1)
             if safe_merge:
-                _check_finite(self.shared[name].array.psi, name)
+                _check_finite(self.shared[name].source.psi, name)
                 _check_finite(total, name)
             self.set_base_weight(total)
             self.merged_adapters.append(name)
@@ -192,7 +178,7 @@ class ReplaceLinear(AdapterLinear):
                 "them to run; load the base model separately, or use mode='delta'"
             )
         if len(active) > 1:
-            names = [shared.array.adapter_name for shared in active]
+            names = [shared.source.adapter_name for shared in active]
             raise ValueError(f"only one RPS adapter can replace a weight at a time, got {names}; choose by set_adapter")
         if active:
             return active[0].linear(x, self.base_layer.bias, compute_dtype(x.device, x.dtype))
@@ -204,14 +190,15 @@ class ReplaceLinear(AdapterLinear):
         return self.base_layer(x, *args, **kwargs)
 
     @property
-    def weight(self) -> nn.Parameter | LazyWeight | None:
+    def weight(self) -> Tensor | None:
         """The weight in use, made when it is used; None if there is none."""
         active = self._active()
         if self.merged or len(active) != 1:
             return self.base_layer.weight
-        shape = (self.out_features, self.in_features)
-        make = lambda: self._oriented(active[0].dense())  # noqa: E731
-        return LazyWeight(make, shape[::-1] if self.transposed else shape, like=active[0].array.psi)
+        blank = torch.empty(self.out_features, self.in_features, device="meta")
+        return WeightStandIn.of(
+            lambda: self.kind.stored(active[0].dense()), self.kind.stored(blank).shape, like=active[0].source.psi
+        )
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -225,8 +212,8 @@ class ReplaceLinear(AdapterLinear):
                 continue
             shared = self.shared[name]
             if safe_merge:
-                _check_finite(shared.array.psi, name)
-            weight = self._oriented(shared.dense()).to(self.weight_dtype).contiguous()
+                _check_finite(shared.source.psi, name)
+            weight = self.kind.stored(shared.dense()).to(self.weight_dtype).contiguous()
             if not self.merged:
                 self._unmerged_weight = self.base_layer.weight
             self.base_layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))

@@ -14,15 +14,17 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs, register_peft_method
 from torch import nn
 
-from hf_rps.config import RPSConfig
-from hf_rps.convert import BANK_NAME, find_bank, initialise
-from hf_rps.integrations.peft.bank import AdapterBank, RPSTunerLayer
+from hf_rps.conversion import find_bank, watch_passes
+from hf_rps.initial import initialise
+from hf_rps.integrations.peft.bank import AdapterBank, AdapterSource, RPSTunerLayer
+from hf_rps.integrations.peft.config import RPSConfig
 from hf_rps.integrations.peft.layers import AdapterLinear, DeltaLinear, ReplaceLinear
 from hf_rps.integrations.peft.peft_type import RPS
 from hf_rps.integrations.peft.targets import adapter_targets
-from hf_rps.shared_array import SharedArray
-from hf_rps.targets import Candidate, base_model_of, is_explicit
-from hf_rps.weight import SharedWeight
+from hf_rps.layers.kinds import Candidate
+from hf_rps.names import BANK_NAME
+from hf_rps.psi.weight import SharedWeight
+from hf_rps.targets import is_explicit
 
 
 class RPSModel(BaseTuner):
@@ -153,24 +155,22 @@ class RPSModel(BaseTuner):
             bank = AdapterBank()
             model.add_module(BANK_NAME, bank)
             bank.set_adapter(self.active_adapters)
-        likes = [c.module.weight for c in candidates if c.module.weight is not None]
+        likes = [c.stored for c in candidates if c.stored is not None]
         likes = [weight for weight in likes if weight.device.type != "meta"]  # where that of a quantised layer is
         device, dtype = (likes[0].device, likes[0].dtype) if likes else _device_and_dtype(model)
         device = torch.device("meta") if low_cpu_mem_usage else device
-        array = bank.add(adapter_name, weight_map, config.grad_scaling, device, dtype)
+        source = bank.add(adapter_name, weight_map, config.grad_scaling, device, dtype)
         if not low_cpu_mem_usage:
-            _initialise(array, candidates, config)
+            _initialise(source, candidates, config)
         if config.modules is not None:
             bank.expect(adapter_name)
-        array.psi.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        source.psi.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         for target, candidate in zip(weight_map.targets, candidates, strict=True):
             layer = model.get_submodule(candidate.name)
-            layer.shared[adapter_name] = SharedWeight(target.name, array)
+            layer.shared[adapter_name] = SharedWeight(target.name, source)
             if isinstance(layer, ReplaceLinear) and layer.shared.keys() == bank.arrays.keys():
                 layer.free_base()
-        for module in model.modules():
-            if module is model or module is base_model_of(model) or hasattr(module, "save_pretrained"):
-                array.watch(module)
+        watch_passes(model, source.array.passes)
         config.record(weight_map)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -235,13 +235,14 @@ def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return parameter.device, parameter.dtype
 
 
-def _initialise(array: SharedArray, candidates: list[Candidate], config: RPSConfig) -> None:
+def _initialise(source: AdapterSource, candidates: list[Candidate], config: RPSConfig) -> None:
+    weight_map = source.array.weight_map
     if config.mode == "delta" and config.init_weights:
-        nn.init.zeros_(array.psi)
-    elif any(candidate.module.weight is None for candidate in candidates):  # freed; the array will be loaded
-        nn.init.normal_(array.psi, std=array.weight_map.init_std)
+        nn.init.zeros_(source.psi)
+    elif any(candidate.stored is None for candidate in candidates):  # freed; the array will be loaded
+        nn.init.normal_(source.psi, std=weight_map.init_std)
     else:
-        initialise(array, candidates, config.init_weights)
+        initialise(source.psi, weight_map, candidates, config.init_weights)
 
 
 def register() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -10,12 +11,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
-from hf_rps.config import RPSConfig
-from hf_rps.convert import check_weight, initial_std, map_name, module_name
+from hf_rps.initial import check_weight, initial_std
 from hf_rps.integrations.peft.bank import AdapterBank
-from hf_rps.integrations.peft.layers import AdapterLinear, ReplaceLinear, features
-from hf_rps.mapping import Target
-from hf_rps.targets import Candidate, Conv1D, base_prefix, chosen_names, find_targets, is_explicit
+from hf_rps.integrations.peft.config import RPSConfig
+from hf_rps.integrations.peft.layers import AdapterLinear, ReplaceLinear
+from hf_rps.layers.kinds import Candidate, candidate_at, kind_of
+from hf_rps.mappings.base import Target
+from hf_rps.names import base_prefix, map_name, module_name
+from hf_rps.targets import chosen_names, find_targets, is_explicit
 
 
 def adapter_targets(model: nn.Module, config: RPSConfig) -> tuple[list[Candidate], list[Target]]:
@@ -34,9 +37,9 @@ def adapter_targets(model: nn.Module, config: RPSConfig) -> tuple[list[Candidate
         targets = [Target.parse(text) for text in config.modules]
         candidates = _recorded(model, modules, {module_name(t.name, prefix): t for t in targets})
         return _with_weights(candidates, replaced), targets
-    if is_explicit(config) and not chosen_names(model, config, modules):
+    if is_explicit(config) and not chosen_names(model, config, modules, adapters=True):
         return [], []
-    candidates = _with_weights(find_targets(model, config, modules, convolutions=False), replaced)
+    candidates = _with_weights(find_targets(model, config, modules, adapters=True), replaced)
     # the standard deviations at init are those of the base model's weights, which adapters note
     stds = {name: shared.target.std for name, layer in replaced.items() for shared in layer.shared.values()}
     for candidate in candidates:
@@ -46,7 +49,7 @@ def adapter_targets(model: nn.Module, config: RPSConfig) -> tuple[list[Candidate
         if backend is not None:
             stds[candidate.name] = _quantised_std(backend, layer)
             continue
-        if candidate.module.weight is None:
+        if candidate.stored is None:
             raise ValueError(
                 f"the weight of {candidate.name!r} was freed (mode='replace') and no adapter that holds one is active, "
                 f"so a new adapter has nothing to start from; activate one, or load the base model"
@@ -58,7 +61,7 @@ def adapter_targets(model: nn.Module, config: RPSConfig) -> tuple[list[Candidate
 
 def _with_weights(candidates: list[Candidate], replaced: dict[str, ReplaceLinear]) -> list[Candidate]:
     now = {name: SimpleNamespace(weight=layer.weight) for name, layer in replaced.items()}
-    return [Candidate(c.name, now.get(c.name, c.module), c.transposed) for c in candidates]
+    return [replace(c, module=now.get(c.name, c.module)) for c in candidates]
 
 
 def _without_wrappers(model: nn.Module, quantised: bool) -> dict[str, nn.Module]:
@@ -88,9 +91,8 @@ def _backend(model: nn.Module, module: nn.Module) -> QuantizationBackend | None:
 
 def _stand_in(layer: nn.Module) -> nn.Module:
     """A plain layer of the same kind and shape on the meta device."""
-    rows, cols = features(layer)
-    with torch.device("meta"):
-        return Conv1D(rows, cols) if isinstance(layer, Conv1D) else nn.Linear(cols, rows)
+    kind = kind_of(layer)
+    return kind.blank(*kind.features(layer))
 
 
 def _quantised_std(backend: QuantizationBackend, layer: nn.Module) -> float:
@@ -102,20 +104,22 @@ def _quantised_std(backend: QuantizationBackend, layer: nn.Module) -> float:
 
 def _recorded(model: nn.Module, modules: dict[str, nn.Module], targets: dict[str, Target]) -> list[Candidate]:
     """The modules that an adapter's config records, by name."""
+    candidates = []
     for name, target in targets.items():
-        module = modules.get(name)
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+        candidate = candidate_at(modules, name)
+        kind = None if candidate is None else candidate.kind
+        if kind is None or not kind.adapters or not isinstance(candidate.stored, torch.Tensor):
             raise ValueError(
                 f"the adapter's config records the module {name!r}, but {type(model).__name__} has no such linear "
                 f"layer. Load the adapter on the kind of model that it was made for; for a new adapter, make a new "
                 f"RPSConfig"
             )
-        shape = tuple(weight.shape)[:: -1 if isinstance(module, Conv1D) else 1]
+        candidates.append(candidate)
+        shape = tuple(candidate.weight.shape)
         if shape != (target.out_features, target.in_features):
             raise ValueError(
                 f"the adapter's config records the module {name!r} with shape "
                 f"{(target.out_features, target.in_features)}, but in {type(model).__name__} it has shape {shape}. "
                 f"Load the adapter on the base model that it was made for"
             )
-    return [Candidate(name, modules[name], isinstance(modules[name], Conv1D)) for name in targets]
+    return candidates

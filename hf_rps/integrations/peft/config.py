@@ -1,0 +1,107 @@
+"""RPSConfig: the settings of RPS as a PEFT config, which is also what :func:`hf_rps.get_rps_model` takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import PeftConfig
+
+from hf_rps.config import RPSSettings, check, is_names
+from hf_rps.integrations.peft.card import write_card
+from hf_rps.integrations.peft.peft_type import RPS
+from hf_rps.mappings.weight_map import WeightMap
+
+
+@dataclass
+class RPSConfig(RPSSettings, PeftConfig):
+    """Configuration of randomized parameter sharing (STABLE-RPS, ICLR 2024).
+
+    All targeted weights, n numbers, are replaced by signed, scaled slices of one shared trainable array of
+    m = round(ratio * n) numbers. ``RPSConfig(ratio=0.1)`` is meant to be right for nearly everyone.
+
+    Args:
+        ratio: Stored numbers over targeted weights, m / n, in (0, 1]. 0.1 stores a tenth; 1 is the dense model itself.
+        mode: "replace" (default): the shared array stands for the targeted weights, which are freed. "delta", with
+            PEFT only: it stands for a change of them, W = W0 + RPS(psi), zero at first: an adapter of full rank, for
+            ratios like 0.001.
+        seed: Seed of the mapping (rotations and signs). It does not drive torch's generator.
+        target_modules: Names (suffixes) of the modules to share, a regular expression over full names, or
+            "all-linear". Default None: every attention and MLP projection of the base model, that is every linear
+            layer and Conv1D but the output head, the classifier and tied weights. In a base model without linear
+            layers (ResNet) it is every convolution; elsewhere convolutions are shared where they are named. Adapters
+            (PEFT) share linear layers only.
+        exclude_modules: Names (suffixes) or a regular expression of modules to leave dense.
+        layers_to_transform: Index or indices of the transformer layers to share; default all.
+        layers_pattern: Name of the module list that ``layers_to_transform`` counts, if it is not one of the usual.
+        modules_to_save: Names (suffixes) of further modules to leave dense and, with PEFT, to train and save.
+        bias: With PEFT, which biases to train and save: "none" (default), "all" of the model, or those of the targeted
+            modules ("rps_only").
+        sharing: "global" shares one array between all targets (the best accuracy at equal m); "block" gives each
+            transformer block, "module" each module, a segment of its own.
+        mapping: "fold" (RANDOMFOLD, weights are views, dense speed). "roast" (hashed tiles of 64 weights, ICML 2023)
+            and "hash" (a hash per weight, HashedNets, ICML 2015) are slow forms, for comparison.
+        sign: "row", one hashed sign per output row, which is free; "element", one per weight, the paper's exact form
+            and slow; "none".
+        grad_scaling: What the shared array's gradient is divided by, slot by slot. "projection" (Gamma, the sum of
+            squared scales): an SGD step is the projection of the dense one, stable wherever dense training is.
+            "norm" (its square root): the size of the gradient stays that of the dense model's, so that Adam's epsilon
+            and gradient clipping keep their meaning; for adaptive optimizers. "none" (1): the unstable ROAST.
+        init_std: Standard deviation C of the shared array at init. None (default): RMS of the modules' own
+            standard deviations times (m / n)**(1/3), with which a dense recipe's learning rate (AdamW) carries over;
+            with ``mode="delta"`` ten times sqrt(m / n), so that the rates usual for adapters (AdamW, 1e-3) suit. Not a
+            knob to tune; it exists to reproduce the paper's sweep, and configs of saved models record what it was.
+        init_weights: Where the shared array starts. True (default): "project" for weights loaded from a checkpoint,
+            "rescale" for randomly initialised ones. "project": the least-squares fit, sum(scale sign w) / Gamma_j.
+            "rescale": sum(sign w / scale) / sqrt(count_j), which keeps every module's own std. Both are exact
+            at ratio 1. False: independent draws from N(0, C**2) of torch's generator. With ``mode="delta"`` True is
+            zero and False is draws.
+        modules, fingerprint: The map, recorded in the config of a PEFT adapter when it is made and checked when it is
+            loaded. Leave them out.
+
+    Raises:
+        ValueError: A field is out of its range; the message names field, value and what is expected.
+
+    >>> RPSConfig(ratio=2)
+    Traceback (most recent call last):
+        ...
+    ValueError: RPSConfig: ratio=2 is not valid; expected a number in (0, 1], the share of the targeted weights to store
+    """
+
+    modules: list[str] | None = field(default=None, metadata={"help": "Recorded with an adapter; leave out."})
+    fingerprint: str | None = field(default=None, metadata={"help": "Recorded with an adapter; leave out."})
+
+    def __post_init__(self):
+        PeftConfig.__post_init__(self)
+        self.peft_type = RPS
+        super().__post_init__()
+        recorded = "None; it is recorded when an adapter is made"
+        check(self.modules is None or is_names(self.modules), "modules", self.modules, recorded)
+        fingerprint = self.fingerprint
+        check(fingerprint is None or isinstance(fingerprint, str), "fingerprint", fingerprint, recorded)
+
+    def record(self, weight_map: WeightMap) -> None:
+        """Remember the map of the adapter made with this config, to be saved with it.
+
+        The fields stay as they are, so that one config can be used for several models.
+        """
+        self._recorded = weight_map
+
+    @property
+    def recorded(self) -> WeightMap | None:
+        """The map of the adapter made with this config last, if any."""
+        return getattr(self, "_recorded", None)
+
+    def to_dict(self) -> dict:
+        """The fields, and the recorded map among them."""
+        if self.recorded is None:
+            return super().to_dict()
+        modules = [str(target) for target in self.recorded.targets]
+        record = {"modules": modules, "fingerprint": self.recorded.fingerprint, "init_std": self.recorded.init_std}
+        return super().to_dict() | record
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write adapter_config.json and, for an adapter, the model card's first lines; see PeftConfig."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.recorded is not None:
+            write_card(Path(save_directory), self)

@@ -1,0 +1,111 @@
+"""What identifies the weights files of one save, and the check that refuses files that do not belong together.
+
+The metadata of every file name the format version, the map's fingerprint, the save (a digest of all tensors, repeated
+in config.json) and the number of tensors in the save. An interrupted save, into a new folder or over an old checkpoint,
+leaves files that disagree with each other, with config.json or with their own headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from hf_rps.integrations.transformers.quantization_config import RPSQuantizationConfig
+from hf_rps.names import BANK_NAME, is_psi_key
+
+
+def count_saved(model: nn.Module, state: dict[str, Tensor]) -> int:
+    """How many tensors save_pretrained will write: all but the ignored ones."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    return len([key for key in state if key not in ignored])
+
+
+def whole_state(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """The state of ``model``; a sharded one (FSDP2) is gathered in CPU memory, tensor by tensor.
+
+    Gathering is a collective, so every process must call this. Those that do not ``keep`` the result get an empty dict.
+    """
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if hasattr(tensor, "full_tensor"):  # a DTensor; torch without torch.distributed lacks the class
+            # an offloaded shard must go to the device whose processes can gather it
+            tensor = tensor.to(tensor.device_mesh.device_type).full_tensor().cpu()
+        if keep:
+            state[name] = tensor
+    return state
+
+
+def check_gathered(state: dict[str, Tensor], key: str, shape: tuple[int, ...]) -> None:
+    """Refuse a ``state_dict`` for save_pretrained that is not the whole state; ``key`` is psi's name in it."""
+    psi = state.get(key)
+    if psi is None or hasattr(psi, "full_tensor") or tuple(psi.shape) != shape:
+        found = "missing" if psi is None else f"a {type(psi).__name__} of shape {tuple(psi.shape)}"
+        raise ValueError(
+            f"state_dict must hold the whole shared array {key} of shape {shape}, but among its {len(state)} "
+            f"entries it is {found}. Gather it first (accelerate: accelerator.get_state_dict(model)), or leave out "
+            f"state_dict and call save_pretrained on every process with is_main_process=(rank == 0)"
+        )
+
+
+def drop_tied(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Remove tied copies: transformers finds them by their memory, which gathered copies no longer share."""
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name in state and source in state:
+            copied, kept = state[name], state[source]
+            if copied.data_ptr() == kept.data_ptr() or torch.equal(copied, kept):
+                del state[name]
+
+
+def content_id(state: dict[str, Tensor]) -> str:
+    """Digest of all tensors, so that equal models are saved as equal files; random if one is not in memory."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            return uuid.uuid4().hex
+        data = tensor.detach().cpu().contiguous().flatten()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if data.numel():
+            digest.update(data.view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def check_files(files: list[str], config: RPSQuantizationConfig) -> None:
+    """Refuse weights files that are truncated, foreign, incomplete or from another save than config.json.
+
+    Raises:
+        ValueError: Says which file is wrong, what is wrong with it and what to do.
+    """
+    remedy = "The save was interrupted or files of two saves are mixed; load another checkpoint or save it again"
+    names, arrays, expected = set(), {}, None
+    for file in map(str, files):
+        if not file.endswith(".safetensors"):
+            raise ValueError(f"{file} is not a safetensors file; compressed checkpoints are safetensors only")
+        try:
+            with safe_open(file, framework="pt") as reader:
+                metadata, keys = reader.metadata() or {}, list(reader.keys())
+                arrays |= {key: tuple(reader.get_slice(key).get_shape()) for key in keys if is_psi_key(key)}
+        except (SafetensorError, OSError) as error:
+            size = os.path.getsize(file) if os.path.exists(file) else 0
+            raise ValueError(
+                f"{file} ({size} bytes) is truncated or not a safetensors file ({error}). {remedy}"
+            ) from error
+        if "rps_fingerprint" not in metadata:
+            raise ValueError(
+                f"{file} was not written by hf_rps (it has no rps_fingerprint), but config.json beside it belongs to a "
+                f"compressed model. Put the dense checkpoint's own config.json there, or the compressed weights"
+            )
+        for field in ("format_version", "fingerprint", "save_id"):
+            found, wanted = metadata.get(f"rps_{field}"), str(getattr(config, field))
+            if found != wanted:
+                raise ValueError(f"{file} has rps_{field}={found!r}, but config.json says {wanted!r}. {remedy}")
+        names.update(keys)
+        expected = metadata.get("rps_tensors")
+    if str(len(names)) != expected:
+        raise ValueError(f"the checkpoint holds {len(names)} tensors of {expected} in {len(files)} files. {remedy}")
+    if list(arrays.values()) != [(config.m,)]:
+        raise ValueError(f"the checkpoint needs one {BANK_NAME}.psi of shape {(config.m,)}, but has {arrays}. {remedy}")

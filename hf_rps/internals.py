@@ -1,0 +1,47 @@
+"""What the library takes of torch that torch does not promise: one place, with a canary test for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def backward_id() -> int:
+    """Id of the backward pass that runs in this thread, or -1: no two that run at one time have the same."""
+    return torch._C._current_graph_task_id()
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call ``callback`` at the end of the backward pass that runs in this thread."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def is_transformed() -> bool:
+    """True inside torch.func's transforms, which take no autograd node of the old style."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def active_ddp() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward call runs in this thread."""
+    return DistributedDataParallel._get_active_ddp_module()
+
+
+def empty_tensor_of(
+    cls: type[torch.Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device, requires_grad: bool
+) -> torch.Tensor:
+    """A tensor of class ``cls`` without memory."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)
+
+
+def without_subclasses():
+    """A context in which tensor subclasses are plain tensors to torch's functions."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """True where calling ``module`` does more than its class's forward: hooks, or a forward put on the instance."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in module.__dict__  # as accelerate's hooks put there

@@ -1,0 +1,1 @@
+"""Mappings: names, shapes and a seed become one shared matrix per target."""

@@ -1,0 +1,63 @@
+"""get_rps_model and to_dense: the library's two verbs. They stand above all else."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from hf_rps import conversion
+from hf_rps.config import RPSSettings
+from hf_rps.integrations.transformers import quantizer
+
+
+def get_rps_model(model: nn.Module, config: RPSSettings) -> nn.Module:
+    """Compress ``model`` in place: all targeted weights become slices of one shared trainable array.
+
+    Args:
+        model: Any transformers model (or torch module), randomly initialised or pretrained, in memory.
+        config: See :class:`hf_rps.RPSConfig`.
+
+    Returns:
+        The same object, of the same class. At ``ratio=1`` it computes what it computed before, to float rounding.
+
+    Raises:
+        ValueError: The config or the model does not fit; the message names the field or module, what was received and
+            the remedy. The model is then as it was.
+    """
+    if not isinstance(config, RPSSettings):
+        raise ValueError(f"config must be an hf_rps.RPSConfig, got {type(config).__name__}: {config!r}")
+    if config.mode != "replace":
+        raise ValueError(
+            f"get_rps_model replaces weights, got RPSConfig(mode={config.mode!r}); add an adapter to a model with "
+            f"peft.get_peft_model(model, config)"
+        )
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch module, got {type(model).__name__}")
+    if conversion.find_bank(model) is not None:
+        raise ValueError(
+            f"this {type(model).__name__} is already compressed; call hf_rps.to_dense(model) first to compress it anew"
+        )
+    if hasattr(model, "peft_config"):
+        raise ValueError("this model carries PEFT adapters; merge them (merge_and_unload) before get_rps_model")
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if method is not None or getattr(model, "is_quantized", False):
+        name = getattr(method, "quant_method", "an unknown method")
+        raise ValueError(
+            f"this {type(model).__name__} is quantised with {getattr(name, 'value', name)}; RPS shares float weights, "
+            f"so load it without a quantization_config (or call model.dequantize() first)"
+        )
+    quantizer.compress(model, config)
+    return model
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Decompress ``model`` in place: a plain model again, with the weights that the shared array stood for.
+
+    Every weight has memory of its own.
+
+    Raises:
+        ValueError: ``model`` is not compressed.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError("this model carries PEFT adapters; call its merge_and_unload() for a plain model")
+    quantizer.decompress(model)
+    return model

@@ -1,0 +1,125 @@
+"""The autograd nodes of shared weights: a linear layer by any product, and a weight made whole.
+
+Their backward passes return no gradient for psi: they add it to the buffer of the pass, and the pass's own node
+(:class:`hf_rps.psi.sink.GradientSink`) hands the sum to autograd. In a backward pass that is itself differentiated they
+differentiate the weight's definition instead.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_rps.mappings.base import SharedMatrix
+from hf_rps.products.base import Made, Product
+
+
+class Buffer(Protocol):
+    """Where backward passes add up the gradient of psi; see :class:`hf_rps.psi.sink.GradientBuffer`."""
+
+    def get(self, psi: Tensor) -> Tensor: ...
+
+
+def shared_linear(
+    x: Tensor, psi: Tensor, bias: Tensor | None, product: Product, buffer: Buffer | None, base: Tensor | None = None
+) -> Tensor:
+    """The linear layer whose weight is the shared matrix of ``product``, plus ``base`` if that is given.
+
+    Args:
+        x: (..., cols).
+        psi: (m,), the shared array as this pass reads it; of x's dtype or, with a base, of the base's.
+        bias: (rows,) or None.
+        product: How W is read. With a base the sum is always made, which is one product instead of two.
+        buffer: Receives the gradient of psi. None: psi needs no gradient.
+        base: (rows, cols), constant, or None.
+
+    Returns:
+        (..., rows), equal to ``F.linear(x, base + W, bias)``.
+    """
+    if torch.is_grad_enabled():
+        return _SharedLinear.apply(x, psi, bias, base, product, buffer)
+    # an autograd node costs as much as a small product
+    return _product(product, base).linear(x, psi, bias)
+
+
+def shared_weight(psi: Tensor, matrix: SharedMatrix, buffer: Buffer | None) -> Tensor:
+    """W (rows, cols) made whole, for operations other than a matrix product; its gradient goes to ``buffer``.
+
+    A convolution reuses its weight at every position, so making it costs little beside using it (the less, the larger
+    its input). But autograd then keeps the whole W for the backward pass, as with a dense layer. The result equals
+    ``matrix.weight(psi)``, whose own gradient would be an array of the size of psi for every run.
+    """
+    return _SharedWeight.apply(psi, matrix, buffer)
+
+
+def linear_by_definition(
+    x: Tensor, psi: Tensor, bias: Tensor | None, matrix: SharedMatrix, base: Tensor | None = None
+) -> Tensor:
+    """:func:`shared_linear` out of operations that autograd, compilers and torch.func can follow."""
+    weight = matrix.weight(psi)
+    return F.linear(x, (weight if base is None else base + weight).to(x.dtype), bias)
+
+
+def _product(product: Product, base: Tensor | None) -> Product:
+    return product if base is None else Made(product.matrix, base)
+
+
+def _gradients_by_definition(
+    y: Tensor, gy: Tensor, inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Differentiable gradients of y with respect to the ``inputs`` that need one."""
+    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+    gradients = iter(torch.autograd.grad(y, wanted, gy, create_graph=True))
+    return tuple(next(gradients) if need else None for need in needed)
+
+
+class _SharedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, psi, bias, base, product, buffer):
+        ctx.set_materialize_grads(False)
+        ctx.product, ctx.buffer = product, buffer
+        ctx.save_for_backward(x, psi, bias, base)
+        return _product(product, base).linear(x, psi, bias)
+
+    @staticmethod
+    def backward(ctx, gy):
+        if gy is None:
+            return (None,) * 6
+        x, psi, bias, base = ctx.saved_tensors
+        needs_x, needs_psi, needs_bias = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # double backward
+            y = linear_by_definition(x, psi, bias, ctx.product.matrix, base)
+            gradients = _gradients_by_definition(y, gy, (x, psi, bias), (needs_x, needs_psi, needs_bias))
+            return (*gradients, None, None, None)
+        flat = gy.reshape(-1, gy.size(-1))  # (tokens, rows)
+        gbias = flat.sum(0).to(bias.dtype) if needs_bias else None
+        gx = None
+        if needs_x or needs_psi:
+            into = ctx.buffer.get(psi) if needs_psi else None
+            inputs = x.reshape(-1, x.size(-1))  # (tokens, cols)
+            gx = _product(ctx.product, base).gradients(flat, inputs, psi, needs_x, into)
+        return None if gx is None else gx.view(x.shape), None, gbias, None, None, None
+
+
+class _SharedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, psi, matrix, buffer):
+        ctx.set_materialize_grads(False)
+        ctx.matrix, ctx.buffer = matrix, buffer
+        ctx.save_for_backward(psi)
+        return matrix.make(psi)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gpsi = None
+        if gradient is not None:
+            (psi,) = ctx.saved_tensors
+            if torch.is_grad_enabled():  # double backward
+                weight = ctx.matrix.weight(psi)
+                (gpsi,) = _gradients_by_definition(weight, gradient, (psi,), ctx.needs_input_grad[:1])
+            else:
+                ctx.matrix.add_adjoint(ctx.buffer.get(psi), gradient)
+        return gpsi, None, None

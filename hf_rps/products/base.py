@@ -1,0 +1,119 @@
+"""Products of inputs with shared matrices, without autograd: one class per way and device, chosen in one place.
+
+A product belongs to one matrix. Which classes there are is the table :data:`PRODUCTS`; for each call :func:`choose`
+takes the first that fits the input, and :class:`Made` fits every input and every matrix. A new device's or a new
+kernel's product is one class and one row.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_rps.mappings.base import SharedMatrix
+
+
+class Product(ABC):
+    """y = x W^T + b and its gradients for one shared matrix W (rows, cols), read from psi (m,)."""
+
+    def __init__(self, matrix: SharedMatrix):
+        self.matrix = matrix
+
+    @classmethod
+    def accepts(cls, matrix: SharedMatrix) -> bool:
+        """True where this kind of product can be had for ``matrix`` at all."""
+        return True
+
+    @abstractmethod
+    def fits(self, x: Tensor) -> bool:
+        """True where this product is the one to take for x (..., cols): by device, dtype and number of tokens."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, psi: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., cols) W^T + bias (rows,): (..., rows), a new tensor and not a view of one; psi is of x's dtype."""
+
+    @abstractmethod
+    def gradients(self, gy: Tensor, x: Tensor, psi: Tensor, needs_x: bool, into: Tensor | None) -> Tensor | None:
+        """From gy (tokens, rows) and x (tokens, cols): ``into`` (m,) += R^T (gy^T x), unless it is None.
+
+        Returns:
+            gy W (tokens, cols), or None where ``needs_x`` is False.
+        """
+
+    def traced(self, x: Tensor, psi: Tensor, bias: Tensor | None) -> Tensor:
+        """:meth:`linear` for inference under a compiler, by operations that it can follow and fuse."""
+        return F.linear(x, self.matrix.weight(psi), bias)
+
+
+class Made(Product):
+    """W made for the time of one product and dropped after it; made again in the backward pass.
+
+    Args:
+        matrix: W.
+        base: (rows, cols), constant; then the product is with base + W. Their sum is built in base's dtype, and the
+            products run in that of x.
+    """
+
+    def __init__(self, matrix: SharedMatrix, base: Tensor | None = None):
+        super().__init__(matrix)
+        self.base = base
+
+    def fits(self, x: Tensor) -> bool:
+        return True
+
+    def linear(self, x: Tensor, psi: Tensor, bias: Tensor | None) -> Tensor:
+        weight = self.matrix.make(psi, self.base).to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        if x.dim() <= 2:
+            return F.linear(x, weight, bias)
+        # F.linear's output would be a view, and models that write to it (y += ...) refused by autograd
+        y = x.new_empty(*x.shape[:-1], weight.size(0))  # (..., rows)
+        inputs, flat = x.reshape(-1, x.size(-1)), y.view(-1, weight.size(0))
+        if bias is None:
+            torch.mm(inputs, weight.t(), out=flat)
+        else:
+            torch.addmm(bias, inputs, weight.t(), out=flat)
+        return y
+
+    def gradients(self, gy: Tensor, x: Tensor, psi: Tensor, needs_x: bool, into: Tensor | None) -> Tensor | None:
+        gx = gy @ self.matrix.make(psi, self.base).to(gy.dtype) if needs_x else None  # (tokens, cols)
+        if into is not None:
+            self.matrix.add_adjoint(into, gy.t() @ x)
+        return gx
+
+
+PRODUCTS: list[type[Product]] = []  # in order of preference; Made comes last, unasked
+
+Choice: TypeAlias = Callable[[Sequence[Product], Tensor], Product]  # of a product for an input
+
+
+def register(product: type[Product]) -> type[Product]:
+    """Put a product before those there are; a class decorator. It serves matrices made from now on."""
+    if product not in PRODUCTS:
+        PRODUCTS.insert(0, product)
+    return product
+
+
+def products_of(matrix: SharedMatrix) -> tuple[Product, ...]:
+    """All products that can be had for ``matrix``, in order of preference."""
+    return (*(product(matrix) for product in PRODUCTS if product.accepts(matrix)), Made(matrix))
+
+
+def choose(products: Sequence[Product], x: Tensor) -> Product:
+    """The first of ``products`` that fits x."""
+    return next(product for product in products if product.fits(x))
+
+
+def _named(kind: type[Product], products: Sequence[Product], x: Tensor) -> Product:
+    return next((product for product in products if type(product) is kind), products[-1])
+
+
+def always(kind: type[Product]) -> Choice:
+    """A choice that takes ``kind`` wherever a matrix has it, whatever the input: for tests and benchmarks."""
+    return partial(_named, kind)

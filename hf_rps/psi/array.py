@@ -1,0 +1,74 @@
+"""The shared array psi in use: how layers read it and what becomes of its gradient, whoever owns the parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.products.base import Choice, choose
+from hf_rps.psi.divisor import Divisor
+from hf_rps.psi.passes import Passes, Reading
+from hf_rps.psi.sink import Divide, GradientBuffer, GradientSink
+
+
+class Source(Protocol):
+    """Where a layer finds psi: the module that owns it, or a reference that looks it up there.
+
+    ``psi`` is looked up on every use, because loaders and wrappers (transformers, PEFT, FSDP2, offloading) replace the
+    parameter object.
+    """
+
+    array: SharedArray
+
+    @property
+    def psi(self) -> nn.Parameter: ...
+
+    def read(self, device: torch.device, dtype: torch.dtype) -> Reading:
+        """:meth:`SharedArray.read` by a call of the module that owns psi, whose hooks (offloading, sharding) put psi in
+        place."""
+
+
+class SharedArray:
+    """What belongs to one shared array beside its numbers. It holds no parameter and no reference to the owner.
+
+    Args:
+        weight_map: Which weight reads which slots of the array.
+        grad_scaling: "projection", "norm" or "none"; see :class:`hf_rps.RPSConfig`.
+
+    Attributes:
+        choose: Picks the product for an input; see :func:`hf_rps.products.base.choose`.
+    """
+
+    def __init__(self, weight_map: WeightMap, grad_scaling: str):
+        self.weight_map = weight_map
+        self.divisor = Divisor(weight_map, grad_scaling)
+        self.passes = Passes()
+        self.choose: Choice = choose
+
+    def read(self, device: torch.device, dtype: torch.dtype, call_owner: Callable[..., Reading]) -> Reading:
+        """psi as this pass reads it; where it has not yet, ``call_owner(device, dtype)`` leads to :meth:`enter`."""
+        return self.passes.reading(device, dtype, call_owner)
+
+    def enter(self, psi: Tensor, device: torch.device, dtype: torch.dtype) -> Reading:
+        """A new reading of psi (m,): copied and cast, and behind a gradient sink of its own if it is trained."""
+        psi = psi if psi.device == device else psi.to(device)
+        if not (torch.is_grad_enabled() and psi.requires_grad):
+            return Reading(psi.detach().to(dtype), None)
+        buffer = GradientBuffer()
+        cast = None if psi.dtype == dtype else psi.detach().to(dtype)
+        return Reading(GradientSink.apply(psi, cast, buffer, self.divisor, self.passes.check_reentrant), buffer)
+
+    def plain(self, psi: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """psi (m,) on ``device`` in ``dtype`` for the plain path: ordinary operations that compilers can trace."""
+        psi = psi.to(device)
+        if self.divisor.scaling != "none" and torch.is_grad_enabled() and psi.requires_grad:
+            psi = Divide.apply(psi, self.divisor.tensor(device, torch.promote_types(psi.dtype, torch.float32)))
+        return psi.to(dtype)
+
+    def kept_tensors(self) -> list[Tensor]:
+        """The tensors that this object keeps beside psi."""
+        return self.divisor.kept_tensors()

@@ -1,0 +1,101 @@
+"""What the gradient of the shared array is divided by, slot by slot."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from hf_rps.mappings.weight_map import WeightMap
+
+SCALINGS = ("projection", "norm", "none")
+_SHORT_PIECE = 4096  # mean piece of Gamma (slots) below which one array of divisors is cheaper than a pass per piece
+
+
+class Divisor:
+    """Gamma_j, the sum of squared scales of the weights on slot j ("projection"), its root ("norm"), or 1 ("none").
+
+    Args:
+        weight_map: Whose Gamma.
+        scaling: One of SCALINGS; see ``grad_scaling`` of :class:`hf_rps.RPSConfig`.
+    """
+
+    def __init__(self, weight_map: WeightMap, scaling: str):
+        self.m, self.scaling = weight_map.m, scaling
+        # in pieces or, for mappings where it has none, slot by slot; made here, for compilers can't trace it
+        self._pieces = _load_pieces(weight_map)
+        self._gamma = None if self._pieces else load(weight_map)
+        self._kept: dict[tuple, Tensor | tuple[list[int], list[float]]] = {}
+
+    def __getstate__(self):
+        return self.__dict__ | {"_kept": {}}
+
+    def _powered(self) -> list[tuple[int, float]]:
+        """(length, divisor) pieces over the m slots."""
+        exponent = {"projection": 1.0, "norm": 0.5}[self.scaling]
+        return [(length, value**exponent) for length, value in self._pieces]
+
+    def tensor(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """The divisor (m,), or None for 1."""
+        if self.scaling == "none":
+            return None
+        if self._pieces:
+            lengths, values = zip(*self._powered(), strict=True)
+            values = torch.tensor(values, dtype=dtype, device=device)
+            return values.repeat_interleave(torch.tensor(lengths, device=device), output_size=self.m)
+        gamma = self._gamma if self.scaling == "projection" else self._gamma.sqrt()
+        return gamma.masked_fill(gamma == 0, 1.0).to(device, dtype)  # a slot that no weight reads has no gradient
+
+    def divided(self, gradient: Tensor) -> Tensor:
+        """``gradient`` (m,) over the divisor, differentiable."""
+        divisor = self.tensor(gradient.device, gradient.dtype)
+        return gradient if divisor is None else gradient / divisor
+
+    @torch.no_grad()
+    def divide_(self, gradient: Tensor) -> None:
+        """Divide ``gradient`` (m,) by the divisor, in place; where Gamma has long pieces, without an array for it."""
+        if self.scaling == "none":
+            return
+        key = (gradient.device, gradient.dtype, self.scaling)
+        if key not in self._kept:
+            if self._pieces and len(self._pieces) * _SHORT_PIECE <= self.m:
+                lengths, values = zip(*self._powered(), strict=True)
+                self._kept[key] = (list(lengths), list(values))
+            else:
+                self._kept[key] = self.tensor(gradient.device, gradient.dtype)
+        divisor = self._kept[key]
+        if isinstance(divisor, Tensor):
+            gradient.div_(divisor)
+        else:
+            torch._foreach_div_(list(gradient.split(divisor[0])), divisor[1])
+
+    def kept_tensors(self) -> list[Tensor]:
+        """The tensors that this object keeps."""
+        kept = [value for value in self._kept.values() if isinstance(value, Tensor)]
+        return kept if self._gamma is None else [*kept, self._gamma]
+
+
+def _load_pieces(weight_map: WeightMap) -> list[tuple[int, float]]:
+    """Gamma as (length, value) pieces that cover the m slots, or [] where some matrix has none."""
+    steps: dict[int, float] = {0: 0.0, weight_map.m: 0.0}
+    for target in weight_map.targets:
+        pieces = weight_map.matrix(target.name).load_pieces()
+        if pieces is None:
+            return []
+        for slot, length, value in pieces:
+            steps[slot] = steps.get(slot, 0.0) + value
+            steps[slot + length] = steps.get(slot + length, 0.0) - value
+    cuts, total, result = sorted(steps), 0.0, []
+    for cut, following in itertools.pairwise(cuts):
+        total += steps[cut]
+        result.append((following - cut, total))
+    return result
+
+
+def load(weight_map: WeightMap) -> Tensor:
+    """Gamma slot by slot, float64 (m,), on the CPU, from the matrices of any mapping."""
+    gamma = torch.zeros(weight_map.m, dtype=torch.float64, device="cpu")  # also while a model is built on meta
+    for target in weight_map.targets:
+        weight_map.matrix(target.name).add_load(gamma)
+    return gamma

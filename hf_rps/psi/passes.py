@@ -1,0 +1,113 @@
+"""One pass: what the layers of a model share from the beginning of a forward call to its end."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_rps import internals
+from hf_rps.psi.sink import GradientBuffer
+
+
+class Reading(NamedTuple):
+    """psi (m,) as the layers of one pass read it, on one device and in one dtype.
+
+    ``buffer`` receives its gradient; None where none is asked for.
+    """
+
+    psi: Tensor
+    buffer: GradientBuffer | None
+
+
+class Passes:
+    """The pass that is open in each thread, and its readings.
+
+    psi is cast to the compute dtype, and copied to each device that layers live on, once per pass. Layers called
+    outside any pass get a reading of their own per call, which is as right and slower.
+    """
+
+    def __init__(self):
+        self._handles: list = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._open_here = threading.local()  # the forward pass that is open in this thread
+        self._ddp: weakref.ref | None = None  # the DistributedDataParallel that ran the last pass
+        self._recomputation: tuple[int, dict] = (-1, {})  # readings made inside this backward pass
+
+    def __getstate__(self):
+        return {"_handles": self._handles}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._reset()
+
+    def watch(self, module: nn.Module) -> None:
+        """Make every forward call of ``module`` a pass. Nested calls join the outer one."""
+        self._handles.append(module.register_forward_pre_hook(self._open))
+        self._handles.append(module.register_forward_hook(self._close, always_call=True))
+
+    def unwatch(self) -> None:
+        """Remove the hooks that :meth:`watch` added."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _open(self, module, args) -> None:
+        if torch.compiler.is_compiling():
+            return
+        # an opener that is called anew was never closed (its pass may have ended inside compiled code)
+        if getattr(self._open_here, "opener", None) in (None, module):
+            self._open_here.opener, self._open_here.readings = module, {}
+            ddp = internals.active_ddp()
+            self._ddp = None if ddp is None else weakref.ref(ddp)
+
+    def _close(self, module, args, output) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if getattr(self._open_here, "opener", None) is module:
+            self._open_here.opener = self._open_here.readings = None
+
+    def reading(self, device: torch.device, dtype: torch.dtype, make: Callable[..., Reading]) -> Reading:
+        """This pass's reading for ``device`` and ``dtype``, by ``make(device, dtype)`` where there is none yet."""
+        readings = getattr(self._open_here, "readings", None)
+        if readings is None:
+            readings = self._recomputed()
+        if readings is None:
+            return make(device, dtype)
+        key = (device, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        reading = readings.get(key)
+        if reading is None:
+            reading = readings[key] = make(device, dtype)
+        return reading
+
+    def _recomputed(self) -> dict | None:
+        """The readings of layers that run inside a backward pass (gradient checkpointing), dropped at its end."""
+        task = internals.backward_id()
+        if task == -1:
+            return None
+        if self._recomputation[0] != task:
+            self._recomputation = (task, {})
+            internals.after_backward(self._end_recomputation)
+        return self._recomputation[1]
+
+    def _end_recomputation(self) -> None:
+        self._recomputation = (-1, {})
+
+    def check_reentrant(self) -> None:
+        """Refuse what DistributedDataParallel gets wrong, silently: psi's gradient in several parts.
+
+        Reentrant checkpointing runs a backward pass of its own for every checkpointed block, and each brings psi a part
+        of its gradient. A reducer that was not told to wait (static_graph) sums the first part over the processes.
+        """
+        ddp = None if self._ddp is None else self._ddp()
+        if ddp is not None and not ddp.static_graph and ddp.process_group.size() > 1:
+            raise RuntimeError(
+                "gradient checkpointing with use_reentrant=True under DistributedDataParallel would reduce only a part "
+                "of the shared array's gradient. Use use_reentrant=False (transformers: gradient_checkpointing_kwargs="
+                "{'use_reentrant': False}), or DistributedDataParallel(..., static_graph=True)"
+            )

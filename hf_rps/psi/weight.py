@@ -1,0 +1,75 @@
+"""One weight of the shared array in use: how a layer multiplies with it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_rps import internals
+from hf_rps.products.autograd import linear_by_definition, shared_linear, shared_weight
+from hf_rps.products.base import Made, products_of
+from hf_rps.psi.array import Source
+
+
+def compute_dtype(device: torch.device, default: torch.dtype) -> torch.dtype:
+    """The dtype that a matrix product on ``device`` runs in: autocast's where it is on, else ``default``."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return default
+
+
+def takes_plain_path() -> bool:
+    """True where custom autograd nodes can't be used: under torch.compile, torch.export and torch.func."""
+    return torch.compiler.is_compiling() or internals.is_transformed()
+
+
+class SharedWeight:
+    """W (out_features, in_features), a target of the map of ``source``.
+
+    Not a module: psi must be saved and sharded once, at its owner.
+
+    Args:
+        name: The target's name in the map.
+        source: Where psi is found.
+    """
+
+    def __init__(self, name: str, source: Source):
+        self.name, self.source = name, source
+        weight_map = source.array.weight_map
+        self.target = weight_map.target(name)
+        self.matrix = weight_map.matrix(name)
+        self.products = products_of(self.matrix)
+
+    def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """x W^T + bias: (..., out_features), computed in ``dtype``.
+
+        x (..., in_features) is of that dtype, or is cast to it where autocast is on.
+        """
+        if x.dtype != dtype and torch.is_autocast_enabled(x.device.type):
+            x = x.to(dtype)
+        product = self.source.array.choose(self.products, x)
+        if not takes_plain_path():
+            psi, buffer = self.source.read(x.device, dtype)
+            return shared_linear(x, psi, bias, product, buffer)
+        psi = self.source.array.plain(self.source.psi, x.device, dtype)
+        bias = None if bias is None else bias.to(dtype)
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return product.traced(x, psi, bias)
+        # not what the product reads: the gradient of every view of psi would be an array of the size of psi
+        return linear_by_definition(x, psi, bias, self.matrix)
+
+    def added_linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
+        """x (base + W)^T + bias, for a constant base (out_features, in_features) in whose dtype the sum is built."""
+        psi, buffer = self.source.read(x.device, base.dtype)
+        return shared_linear(x, psi, bias, Made(self.matrix), buffer, base)
+
+    def materialise(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """W (out_features, in_features) on ``device`` in ``dtype``, made whole; differentiable in psi."""
+        if takes_plain_path():
+            return self.matrix.weight(self.source.array.plain(self.source.psi, device, dtype))
+        psi, buffer = self.source.read(device, dtype)
+        return shared_weight(psi, self.matrix, buffer)
+
+    def dense(self) -> Tensor:
+        """W where psi is and in its dtype."""
+        return self.materialise(self.source.psi.device, self.source.psi.dtype)

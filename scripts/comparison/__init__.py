@@ -1,1 +1,0 @@
-"""The parts of compare.py: tasks, methods, training, studies and their tables and plots."""

@@ -1,0 +1,1 @@
+"""From a dataset's name, its files or its folder to rows that a model reads."""

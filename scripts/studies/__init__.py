@@ -1,0 +1,1 @@
+"""The measurements behind the documentation: comparison, encoder, adapters, theory; and the demonstration."""

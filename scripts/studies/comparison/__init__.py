@@ -1,0 +1,1 @@
+"""The parts of compare.py: tasks, methods, training, and a file for each study with its runs, table and plot."""

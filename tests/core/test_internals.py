@@ -1,0 +1,114 @@
+"""Canaries: each thing that the library takes of torch without a promise does what the library takes it for."""
+
+import threading
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_rps import internals
+
+
+def test_backward_id():
+    seen = []
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen.append(internals.backward_id())
+            if len(seen) == 1:
+                with torch.enable_grad():
+                    Node.apply(torch.ones(1, requires_grad=True)).backward()
+            return gradient
+
+    assert internals.backward_id() == -1
+    Node.apply(torch.ones(1, requires_grad=True)).backward()
+    Node.apply(torch.ones(1, requires_grad=True)).backward()
+    assert -1 not in seen
+    assert len(set(seen)) == 3, "a nested pass and a later one have ids of their own"
+    assert internals.backward_id() == -1
+
+
+def test_after_backward():
+    events = []
+    x = torch.ones(1, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda gradient: internals.after_backward(lambda: events.append("end")))
+    x.register_hook(lambda gradient: events.append("x"))
+    y.backward()
+    assert events == ["x", "end"]
+
+
+def test_is_transformed():
+    seen = []
+    torch.func.grad(lambda x: seen.append(internals.is_transformed()) or x.sum())(torch.ones(2))
+    torch.func.vmap(lambda x: seen.append(internals.is_transformed()) or x)(torch.ones(2))
+    assert seen == [True, True]
+    assert not internals.is_transformed()
+
+
+def test_active_ddp():
+    seen = []
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            seen.append(internals.active_ddp())
+            return super().forward(x)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ddp = DistributedDataParallel(Net(2, 2))
+        ddp(torch.ones(1, 2))
+    finally:
+        dist.destroy_process_group()
+    assert seen == [ddp]
+    assert internals.active_ddp() is None
+    assert ddp.static_graph is False
+    assert threading.current_thread() is threading.main_thread()
+
+
+def test_empty_tensor_of():
+    class Empty(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            raise AssertionError("it has no numbers")
+
+    tensor = internals.empty_tensor_of(Empty, torch.Size((1 << 20, 1 << 20)), torch.bfloat16, torch.device("cpu"), True)
+    assert tensor.shape == (1 << 20, 1 << 20)
+    assert (tensor.dtype, tensor.device.type, tensor.requires_grad) == (torch.bfloat16, "cpu", True)
+
+
+def test_without_subclasses():
+    called = []
+
+    class Loud(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            called.append(function)
+            return super().__torch_function__(function, types, args, kwargs)
+
+    tensor = torch.ones(2).as_subclass(Loud)
+    called.clear()
+    with internals.without_subclasses():
+        tensor + 1
+    assert not called
+    tensor + 1
+    assert called
+
+
+def test_is_hooked():
+    for hook in (
+        lambda m: m.register_forward_hook(lambda *a: None),
+        lambda m: m.register_forward_pre_hook(lambda *a: None),
+        lambda m: m.register_full_backward_hook(lambda *a: None),
+        lambda m: setattr(m, "forward", m.forward),
+    ):
+        module = nn.Linear(2, 2)
+        assert not internals.is_hooked(module)
+        hook(module)
+        assert internals.is_hooked(module)
