@@ -16,9 +16,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers.models.auto import modeling_auto
 
+from hf_rps.integrations.auto_classes import auto_class_of
 from hf_rps.mappings.base import Target
+from hf_rps.names import is_psi_key
 from hf_rps.version import __version__
 
 TAGS = ("rps", "hf_rps")
@@ -33,24 +34,6 @@ size mismatch error.
 ```python
 {snippet}
 ```"""
-
-# Auto class, the Hub's task, transformers' table. Of a class that stands in several tables the first one counts.
-_TASKS = [
-    ("AutoModelForSequenceClassification", "text-classification", "SEQUENCE_CLASSIFICATION"),
-    ("AutoModelForTokenClassification", "token-classification", "TOKEN_CLASSIFICATION"),
-    ("AutoModelForQuestionAnswering", "question-answering", "QUESTION_ANSWERING"),
-    ("AutoModelForMultipleChoice", "multiple-choice", "MULTIPLE_CHOICE"),
-    ("AutoModelForImageClassification", "image-classification", "IMAGE_CLASSIFICATION"),
-    ("AutoModelForImageTextToText", "image-text-to-text", "IMAGE_TEXT_TO_TEXT"),
-    ("AutoModelForObjectDetection", "object-detection", "OBJECT_DETECTION"),
-    ("AutoModelForSemanticSegmentation", "image-segmentation", "SEMANTIC_SEGMENTATION"),
-    ("AutoModelForAudioClassification", "audio-classification", "AUDIO_CLASSIFICATION"),
-    ("AutoModelForCTC", "automatic-speech-recognition", "CTC"),
-    ("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition", "SPEECH_SEQ_2_SEQ"),
-    ("AutoModelForSeq2SeqLM", "text2text-generation", "SEQ_TO_SEQ_CAUSAL_LM"),
-    ("AutoModelForMaskedLM", "fill-mask", "MASKED_LM"),
-    ("AutoModelForCausalLM", "text-generation", "CAUSAL_LM"),
-]
 
 
 @dataclass(frozen=True)
@@ -107,43 +90,34 @@ def write_model_card(
     folder = Path(folder).expanduser()
     config = read_config(folder)
     compressed = _compressed(config)
-    auto_class, default_task = _auto_class(config)
+    auto_class, default_task = auto_class_of(config)
     if learning_curve is not None and not (folder / learning_curve).is_file():
         raise ValueError(f"learning_curve={learning_curve!r} is not a file in {folder}; save the image there first")
-    for name, value in (metrics or {}).items():
-        if isinstance(value, str) or not hasattr(value, "__float__"):
-            raise TypeError(f"metrics[{name!r}] must be a number, got {value!r}; leave it out")
-    results = {name: float(value) for name, value in (metrics or {}).items()}
+    results = _checked(metrics)
     task, title = task or default_task, model_name or folder.resolve().name
-    snippet = _snippet(auto_class)
     data = ModelCardData(
-        language=language,
-        license=license,
-        library_name="transformers",
-        pipeline_tag=task,
-        tags=list(TAGS) if compressed else None,
-        base_model=_hub_name(base_model),
+        language=language, license=license, library_name="transformers", pipeline_tag=task,
+        tags=list(TAGS) if compressed else None, base_model=_hub_name(base_model),
         datasets=_hub_name(dataset) if dataset and "/" in dataset else None,
         metrics=list(dict.fromkeys(map(_metric_type, results))) or None,
         **_model_index(title, task, dataset, results),
-    )
+    )  # fmt: skip
     card = ModelCard.from_template(
-        data,
-        template_path=str(_TEMPLATE),
-        title=title,
-        note=import_note(config) if compressed else None,
-        snippet=snippet,
-        compressed=compressed,
-        sizes=_sizes(folder, compressed),
-        results=results,
-        dataset=dataset,
-        learning_curve=learning_curve,
-        facts=_facts(config, base_model, teacher, versions),
-        command=command,
-        generated=GENERATED,
-    )
+        data, template_path=str(_TEMPLATE), title=title, note=import_note(config) if compressed else None,
+        snippet=_snippet(auto_class), compressed=compressed, sizes=_sizes(folder, compressed), results=results,
+        dataset=dataset, learning_curve=learning_curve, facts=_facts(config, base_model, teacher, versions),
+        command=command, generated=GENERATED,
+    )  # fmt: skip
     card.save(folder / "README.md")
     return card
+
+
+def _checked(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    """The metrics as floats."""
+    for name, value in (metrics or {}).items():
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            raise TypeError(f"metrics[{name!r}] must be a number, got {value!r}; leave it out")
+    return {name: float(value) for name, value in (metrics or {}).items()}
 
 
 def read_config(folder: Path) -> dict:
@@ -171,7 +145,7 @@ def is_compressed(config: dict) -> bool:
 
 def import_note(config: dict) -> str:
     """The lines about ``import hf_rps`` with which a compressed model's card begins."""
-    return _NOTE.format(snippet="import hf_rps\n" + _snippet(_auto_class(config)[0]))
+    return _NOTE.format(snippet="import hf_rps\n" + _snippet(auto_class_of(config)[0]))
 
 
 def with_note(text: str, note: str) -> str:
@@ -217,16 +191,6 @@ def _compressed(config: dict) -> _Compressed | None:
     targets = [Target.parse(text) for text in modules]
     names = config.get("architectures") or ["A model"]
     return _Compressed(names[0], n, m, len(targets), sum(t.numel for t in targets if t.name in unused))
-
-
-def _auto_class(config: dict) -> tuple[str, str | None]:
-    """The class that loads the model, and the model's task if it is known."""
-    name, kind = (config.get("architectures") or [None])[0], config.get("model_type")
-    for auto_class, task, table in _TASKS:
-        if name is not None and name == getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES", {}).get(kind):
-            return auto_class, task
-    is_base = name == modeling_auto.MODEL_MAPPING_NAMES.get(kind)
-    return "AutoModel", "feature-extraction" if is_base else None
 
 
 def _snippet(auto_class: str) -> str:
@@ -277,7 +241,7 @@ def _sizes(folder: Path, compressed: _Compressed | None) -> list[tuple[str, int,
                 for key in reader.keys():  # noqa: SIM118 (not a dict)
                     part = reader.get_slice(key)
                     total += math.prod(part.get_shape())
-                    if f".{key}".endswith(".rps.psi"):
+                    if is_psi_key(key):
                         width = int(re.search(r"\d+", part.get_dtype())[0]) // 8  # "F32", "BF16": bytes of a number
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is not a complete safetensors file ({error}); save the model again") from error
