@@ -1,18 +1,25 @@
 """Shared by all tests: no network, one thread, no progress bars, and the tiny models that most tests use."""
 
 import os
+import random
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import forks
+import numpy as np
 import pytest
 import torch
 import transformers
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
-pytest.register_assert_rewrite("conversion_checks", "model_outputs")
+pytest.register_assert_rewrite("conversion_checks", "model_outputs", "resumed_runs")
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
+
+
+def pytest_sessionfinish():
+    forks.close()
 
 
 def tiny_config(kind: str, **changes):
@@ -28,6 +35,14 @@ def tiny_config(kind: str, **changes):
     }  # fmt: skip
     kind, values = configs[kind]
     return kind(**(values | changes))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Seeds the global generators: what a test draws does not depend on which tests its worker ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (what transformers masks by)
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -48,10 +63,8 @@ def ids():
 
 
 @pytest.fixture(scope="session")
-def finetune(tmp_path_factory):
+def finetune():
     """``finetune(folder, arguments)``: a run of scripts/finetune.py in a process of its own; see finetune_runs.py."""
     from finetune_runs import Finetune
 
-    server = Finetune(tmp_path_factory.mktemp("hf_home"))
-    yield server
-    server.close()
+    return Finetune()

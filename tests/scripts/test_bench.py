@@ -1,18 +1,14 @@
-"""The benchmark of scripts/bench.py: every work and form on tiny models, its rows, its report and its errors."""
+"""The benchmark of scripts/bench.py: every work and form on tiny models, the authors' code, and errors."""
 
-import json
 import sys
 
 import pytest
 
 from benchmark import cli as bench
-from benchmark import costs, report
 from benchmark.models import make
-from benchmark.runner import WORKS, Job, measure
-from benchmark.runner import subjects as subjects_of
+from benchmark.runner import Job, measure
 from benchmark.settings import Settings
 from benchmark.subjects import ADAPTERS, FORMS, Subject, build
-from benchmark.works import Case
 
 SETTINGS = Settings(
     rounds=1,
@@ -87,18 +83,6 @@ def fakeroast(tmp_path, monkeypatch):
 
 def rows_of(work, subjects, settings=SETTINGS, model="tiny"):
     return list(measure(Job(work, model, subjects), settings))
-
-
-def timed_row(form="views", ratio=0.1, time_ratio=0.5, **changes):
-    """A finished row as `measure` gives it."""
-    row = {
-        "work": "stack", "model": "bert", "form": form, "ratio": ratio, "case": "forward, 8 tokens",
-        "direction": "forward", "tokens": 8, "batch": 1, "pixels": None, "n": 1000, "m": 100, "time_ratio": time_ratio,
-        "time_ratio_low": time_ratio - 0.1, "time_ratio_high": time_ratio + 0.1, "milliseconds": 4.0,
-        "dense_milliseconds": 8.0, "memory_ratio": 0.25, "peak_mib": 100, "dense_peak_mib": 400, "threads": 2,
-        "device": "a CPU", "dtype": "float32", "part": 1.0, "torch": "2.13", "command": "python scripts/bench.py",
-    }  # fmt: skip
-    return row | changes
 
 
 # ---- every work and form
@@ -264,101 +248,3 @@ def test_a_missing_package_is_named(fakeroast, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         bench.main(["--fakeroast", folder])
     assert "pip install mmh3" in capsys.readouterr().err
-
-
-# ---- the command line and the report
-
-
-def test_command_line(tmp_path, capsys):
-    """Rows are appended as they come, printed as progress, and reported; the command has no path of the machine."""
-    file = tmp_path / "rows.jsonl"
-    arguments = ["--only", "prefill", "--models", "tiny", "--ratios", "0.1", "--rounds", "2", "--seconds", "0.001",
-                 "--threads", "1", "--prompt", "8", "--output", str(file)]  # fmt: skip
-    bench.main(arguments)
-    bench.main(arguments)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(rows) == 2
-    assert all(row["command"].endswith("--prompt 8 --output PATH") for row in rows)
-    output, errors = capsys.readouterr()
-    assert "prefill tiny, prefill, 8 tokens, views 0.1: time" in errors
-    assert f"{rows[-1]['time_ratio']:.2f} (" in output
-    bench.main(["--report", str(file), "--plots", str(tmp_path)])
-    assert f"{rows[-1]['time_ratio']:.2f} (" in capsys.readouterr().out
-
-
-def test_rows_of_another_kind_are_refused(tmp_path, capsys):
-    (tmp_path / "rows.jsonl").write_text('{"work": "decode", "subject": "dense"}\n')
-    with pytest.raises(SystemExit):
-        bench.main(["--report", str(tmp_path / "rows.jsonl")])
-    assert "is not a row of this benchmark" in capsys.readouterr().err
-
-
-def test_the_command_is_told_without_paths():
-    told = bench.command_line(["--fakeroast", ".", "--ratios", "0.1", "--output=/home/me/rows.jsonl"])
-    assert told == "python scripts/bench.py --fakeroast PATH --ratios 0.1 --output=PATH"
-    assert bench.command_line([]) == "python scripts/bench.py"
-
-
-def test_every_default_fits_its_work():
-    for name, work in WORKS.items():
-        assert set(work.default_models) <= set(work.models)
-        assert subjects_of(name, None, [0.1], [])
-
-
-def test_slow_forms_come_at_one_ratio_unless_asked_for():
-    views, gather = ((Subject(form, 0.1), Subject(form, 0.01)) for form in ("views", "gather"))
-    assert subjects_of("stack", None, [0.1, 0.01], ["fakeroast"]) == (
-        *views[:1], *gather[:1], Subject("cat", 0.1), Subject("fakeroast", 0.1), *views[1:],
-    )  # fmt: skip
-    assert subjects_of("load", ["gather", "cat"], [0.1, 0.01], ["fakeroast"]) == gather
-
-
-def test_cases_say_what_they_are():
-    assert str(Case("decode", 1, 8)) == "decode, 1 token, batch 8"
-    assert str(Case("forward", batch=8, pixels=64)) == "forward, batch 8, 64 x 64 pixels"
-
-
-def test_tables_give_ratios_of_the_latest_rows(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    for row in (
-        timed_row(time_ratio=0.9),
-        timed_row("gather", error="gather 0.1: killed", case=None),
-        timed_row(time_ratio=0.6),
-        timed_row("gather", time_ratio=3.0),
-        timed_row("cat", error="cat 0.1: killed", case=None),
-    ):
-        report.append(row, file)
-    file.write_text(file.read_text() + '{"work": "cut sho')
-    text = report.tables(report.read([file]))
-    assert "| time / dense (quartiles) | views 0.1 | gather 0.1 | dense, ms |" in text
-    assert "| bert: forward, 8 tokens | 0.60 (0.50 to 0.70) | 3.00 (2.90 to 3.10) | 8.0 |" in text
-    assert "| bert: forward, 8 tokens | 0.25 | 0.25 | 400 |" in text
-    assert "cat 0.1: killed" in text
-    assert "gather 0.1: killed" not in text
-
-
-def test_plots(tmp_path):
-    rows = [timed_row(ratio=ratio, tokens=tokens, case=f"forward, {tokens} tokens", n=n, model=model)
-            for ratio in (0.1, 0.01) for tokens in (1, 8) for n, model in ((1000, "bert"), (9000, "gpt2"))]  # fmt: skip
-    written = report.plots(rows, tmp_path)
-    models = [f"stack-{model}-{axis}.png" for model in ("bert", "gpt2") for axis in ("ratio", "tokens")]
-    assert [path.name for path in written] == [*models, "stack-size.png"]
-    assert all(path.stat().st_size > 10_000 for path in written)
-    assert report.plots(rows[:1], tmp_path) == []
-
-
-def test_cost_model():
-    """Of its own laws, and as a table beside measured rows."""
-    cpu, gpu = costs.MACHINES
-    stack, m = costs.layers("bert", 1.0)
-    assert m == sum(layer.rows * layer.cols for layer in stack) == 12 * 12 * 768**2
-    small = costs.predict("bert", 0.01, 1, cpu, "forward")
-    assert small < costs.predict("bert", 0.1, 1, cpu, "forward") < 1  # bytes decide with one token
-    for machine in (cpu, gpu):
-        step = costs.predict("bert", 0.1, 512, machine, "training step")
-        assert step < costs.predict("bert", 0.1, 512, machine, "forward + backward")
-    row = {"work": "stack", "model": "bert", "form": "views", "ratio": 0.1, "part": 1, "tokens": 512,
-           "direction": "forward", "case": "forward, 512 tokens", "time_ratio": 1.0, "n": 1 << 26}  # fmt: skip
-    lines = costs.table([row, row | {"form": "gather"}]).splitlines()
-    assert len(lines) == 3
-    assert lines[2].startswith("| bert: forward, 512 tokens | 0.1 | 1.00 | ")

@@ -1,12 +1,10 @@
 """The scripts that people copy run, and the adapter comparison counts what it says it counts."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from forks import forks
 from paths import SCRIPTS
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, ViTForImageClassification
 
@@ -20,10 +18,9 @@ def test_peft_adapter(tiny, tmp_path, mode):
     tiny(vocab_size=384).save_pretrained(base)
     ByT5Tokenizer(extra_ids=0).save_pretrained(base)
     (tmp_path / "text.txt").write_text("the same line again and again\n" * 64)
-    command = [sys.executable, SCRIPTS / "examples" / "peft_adapter.py", "--model_name_or_path", base, "--mode", mode,
-               "--train_file", tmp_path / "text.txt", "--output_dir", tmp_path / "out", "--ratio", 0.1,
-               "--learning_rate", 2e-2, "--max_steps", 40]  # fmt: skip
-    child = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    arguments = ["--model_name_or_path", base, "--mode", mode, "--train_file", tmp_path / "text.txt", "--output_dir",
+                 tmp_path / "out", "--ratio", 0.1, "--learning_rate", 2e-2, "--max_steps", 40]  # fmt: skip
+    child = forks().run(SCRIPTS / "examples" / "peft_adapter.py", arguments, tmp_path)
     assert child.returncode == 0, child.stderr[-3000:]
     ids = torch.tensor([ByT5Tokenizer(extra_ids=0)("the same line again and again").input_ids])
     losses = {}
@@ -35,12 +32,9 @@ def test_peft_adapter(tiny, tmp_path, mode):
 
 
 def test_trainer(tmp_path):
-    """The example learns, keeps its best checkpoint, and its model loads small, in a new process."""
+    """The example learns, keeps its best checkpoint, and its model loads small, in another process."""
     script, model = SCRIPTS / "examples" / "trainer.py", tmp_path / "out" / "model"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    child = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "out")], capture_output=True, text=True, env=environment
-    )
+    child = forks().run(script, [tmp_path / "out"], tmp_path)
     assert child.returncode == 0, child.stderr[-3000:]
     assert float(re.findall(r"'eval_accuracy': '?([\d.]+)", child.stdout)[-1]) > 0.8
     loaded = ViTForImageClassification.from_pretrained(model)

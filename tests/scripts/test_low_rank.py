@@ -168,7 +168,7 @@ def check_training(model, batch, config, ratio=0.6):
     assert all(isinstance(layer, (LowRankLinear, LowRankConv2d)) for layer in layers)
     assert 0.9 * ratio * n < low_rank_numbers(model) <= round(ratio * n)
     assert sum(p.numel() for p in model.parameters()) == before - n + low_rank_numbers(model)
-    model.train()
+    model.eval()  # with dropout, masks and layers left out the two losses would be of different draws
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(2):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from finetune_runs import DIGITS, ENVIRONMENT, flags, results
+from forks import Forks
 from hub_server import Failure, HubServer
 from huggingface_hub import ModelCard
 from paths import SCRIPTS
@@ -36,17 +37,26 @@ def hub():
     return HubServer()
 
 
-def run(command, folder, hub):
-    environment = {k: v for k, v in ENVIRONMENT.items() if k != "HF_HUB_OFFLINE"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True,
-        env=hub.environment(folder / "cache") | environment,
-    )  # fmt: skip
+def environment(hub, folder):
+    online = {k: v for k, v in ENVIRONMENT.items() if k != "HF_HUB_OFFLINE"}
+    return hub.environment(folder / "cache") | online
 
 
-def test_a_run_is_published_and_read_by_name(hub, tmp_path):
+@pytest.fixture
+def readers(hub, tmp_path):
+    """Processes forked from one that was started with the settings of the Hub, which are read on import."""
+    server = Forks(
+        environment(hub, tmp_path), ["hf_rps", "finetuning.data.sources", "transformers.models.auto.modeling_auto"]
+    )
+    yield server
+    server.close()
+
+
+def test_a_run_is_published_and_read_by_name(hub, readers, tmp_path):
     hub.failures.append(Failure("/commit/", 1000))
-    failed = run([SCRIPTS / "finetune.py", *flags(RUN | {"output_dir": "out"})], tmp_path, hub)
+    command = [sys.executable, str(SCRIPTS / "finetune.py"), *flags(RUN | {"output_dir": "out"})]
+    settings = environment(hub, tmp_path)
+    failed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=settings)
     assert failed.returncode == 1
     assert "To try again: hf_rps.push_to_hub(" in failed.stderr
     assert len(results(tmp_path / "out")["metrics"]) == 2  # nothing of the run is lost
@@ -56,9 +66,9 @@ def test_a_run_is_published_and_read_by_name(hub, tmp_path):
 
     hub.failures.clear()
     retry = failed.stderr.partition("To try again: ")[2].splitlines()[0]
-    again = run(["-c", f"import hf_rps\n{retry}"], tmp_path, hub)
+    again = readers.run_code(f"import hf_rps\n{retry}", [], tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]
-    loaded = run(["-c", LOAD, tmp_path / "logits.pt"], tmp_path, hub)
+    loaded = readers.run_code(LOAD, [tmp_path / "logits.pt"], tmp_path)
     assert loaded.returncode == 0, loaded.stderr[-3000:]
     logits = load_file(tmp_path / "out" / "logits.safetensors")["logits"]
     assert (torch.load(tmp_path / "logits.pt") - logits).abs().max() < 1e-5

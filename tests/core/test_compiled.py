@@ -1,0 +1,63 @@
+"""torch.compile, torch.export and functorch are given every kind of layer by plain operations."""
+
+import pytest
+import torch
+from networks import Network, inputs
+from ways import read
+
+
+def test_functorch_takes_the_plain_path(network):
+    network.bank.array.divisor.scaling = "none"
+    parameters = dict(network.named_parameters())
+    x = inputs().detach()
+
+    def loss(parameters, x):
+        return torch.func.functional_call(network, parameters, (x,)).square().sum()
+
+    gradients = torch.func.grad(loss)(parameters, x)
+    network(x).square().sum().backward()
+    torch.testing.assert_close(gradients["bank.psi"], network.bank.psi.grad)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    torch.testing.assert_close(each["bank.psi"].sum(0), network.bank.psi.grad)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_whole_graph(backend):
+    for options in ({"ratio": 0.05}, {"mapping": "hash", "sign": "element"}, {"kind": "convolution"}):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        network = Network(dtype=torch.float32, **options)
+        x = inputs(torch.float32)
+        network(x).square().sum().backward()
+        expected = network.bank.psi.grad.clone()
+        network.zero_grad()
+        compiled = torch.compile(network, backend=backend, fullgraph=True)
+        compiled(x).square().sum().backward()
+        torch.testing.assert_close(network.bank.psi.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_compiled_inference(made, bias):
+    """Without gradients a compiler is given the products on views: no weight is made."""
+    torch._dynamo.reset()
+    network = read(Network(dtype=torch.float32, bias=bias, ratio=0.2), "made" if made else "views")
+    x, graphs = inputs(torch.float32).detach(), []
+
+    def backend(graph, examples):
+        graphs.append(graph.code)
+        return graph.forward
+
+    with torch.no_grad():
+        expected = network(x)
+        torch.testing.assert_close(torch.compile(network, backend=backend, fullgraph=True)(x), expected)
+    assert ("linear" in graphs[0]) == made
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_export(kind):
+    network = Network(kind, dtype=torch.float32).eval()
+    x = inputs(torch.float32).detach()
+    program = torch.export.export(network, (x,))
+    torch.testing.assert_close(program.module()(x), network(x))
+    assert [name for name in program.state_dict if name.endswith("psi")] == ["bank.psi"]

@@ -1,0 +1,142 @@
+"""A loaded checkpoint under other heads, generate, pipelines, gradient checkpointing, Trainer, and made dense."""
+
+import copy
+import json
+
+import pytest
+import torch
+from checkpoints import equal
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from hf_rps import RPSConfig, get_rps_model, to_dense
+from hf_rps.conversion import find_bank
+from hf_rps.layers.linear import RPSLinear
+
+
+def test_head_to_base_to_head(saved, ids, tmp_path):
+    model, folder = saved
+    base = AutoModel.from_pretrained(folder)
+    equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    base.save_pretrained(tmp_path / "base")
+    back = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    equal(back.model(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    model.model.save_pretrained(tmp_path / "part")
+    equal(AutoModel.from_pretrained(tmp_path / "part")(ids).last_hidden_state, base(ids).last_hidden_state)
+
+
+def test_a_head_class_without_the_pooler_and_its_own_checkpoint(tiny, ids, tmp_path):
+    model = get_rps_model(tiny("bert", AutoModelForSequenceClassification), RPSConfig(ratio=0.2))
+    model.save_pretrained(tmp_path / "a")
+    masked = AutoModelForMaskedLM.from_pretrained(tmp_path / "a")
+    equal(masked.bert(ids).last_hidden_state, model.bert(ids).last_hidden_state)
+    masked.save_pretrained(tmp_path / "b")
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "b")
+    equal(again(ids).logits, masked(ids).logits)
+    pooled = AutoModelForSequenceClassification.from_pretrained(tmp_path / "b")
+    equal(pooled.bert.pooler.dense.dense_weight(), model.bert.pooler.dense.dense_weight())  # psi still holds it
+    equal(pooled.bert(ids).last_hidden_state, model.bert(ids).last_hidden_state)
+
+
+def test_explicit_targets_in_a_head(tiny, ids, tmp_path):
+    model = tiny("bert", AutoModelForMaskedLM)
+    get_rps_model(model, RPSConfig(ratio=0.2, target_modules=["query", "transform.dense"]))
+    assert isinstance(model.cls.predictions.transform.dense, RPSLinear)
+    model.save_pretrained(tmp_path)
+    equal(AutoModelForMaskedLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_generate_with_a_cache(saved, ids):
+    model, folder = saved
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    tokens = loaded.generate(ids, **options)
+    equal(tokens, to_dense(copy.deepcopy(model)).generate(ids, **options))
+    equal(tokens, loaded.generate(ids, use_cache=False, **options))
+
+
+def test_pipeline(saved):
+    from transformers import ByT5Tokenizer
+
+    model, folder = saved
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    model = get_rps_model(to_dense(model), RPSConfig(ratio=0.5))
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert pipeline("text-generation", model=str(folder), max_new_tokens=3)("hello")[0]["generated_text"].startswith(
+        "hello"
+    )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(saved, ids, reentrant):
+    _, folder = saved
+    loaded = AutoModelForCausalLM.from_pretrained(folder).train()
+    loaded(ids, labels=ids).loss.backward()
+    expected = find_bank(loaded).psi.grad.clone()
+    loaded.zero_grad()
+    loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        loaded.enable_input_require_grads()
+    loaded(ids, labels=ids).loss.backward()
+    torch.testing.assert_close(find_bank(loaded).psi.grad, expected)
+
+
+def test_dense_checkpoint_with_a_quantization_config(tiny, ids, tmp_path):
+    dense = tiny("llama")
+    dense.save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=RPSConfig(ratio=1))
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=RPSConfig(ratio=0.1))
+    assert find_bank(model).weight_map.ratio == 0.1
+    model.save_pretrained(tmp_path / "small")
+    equal(AutoModelForCausalLM.from_pretrained(tmp_path / "small")(ids).logits, model(ids).logits)
+    assert model.train()(ids, labels=ids).loss.requires_grad
+
+
+def test_dequantize_is_to_dense(saved, ids):
+    model, folder = saved
+    dense = AutoModelForCausalLM.from_pretrained(folder).dequantize()
+    assert find_bank(dense) is None
+    torch.testing.assert_close(dense(ids).logits, model(ids).logits)
+    dense.save_pretrained(folder)
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, model(ids).logits)
+
+
+def trainer(model, folder, **options):
+    data = [{"input_ids": torch.arange(i, i + 8) % 97, "labels": torch.arange(i, i + 8) % 97} for i in range(16)]
+    arguments = {"per_device_train_batch_size": 4, "report_to": [], "use_cpu": True, "disable_tqdm": True,
+                 "learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2,
+                 "logging_steps": 100}  # fmt: skip
+    return Trainer(
+        model, TrainingArguments(str(folder), **(arguments | options)), train_dataset=data, eval_dataset=data
+    )
+
+
+def test_trainer_resumes(tiny, tmp_path):
+    full = trainer(get_rps_model(tiny("llama"), RPSConfig(ratio=0.2)), tmp_path / "full", max_steps=6)
+    full.train()
+    trainer(get_rps_model(tiny("llama"), RPSConfig(ratio=0.2)), tmp_path / "part", max_steps=4).train()
+    resumed = trainer(get_rps_model(tiny("llama"), RPSConfig(ratio=0.2)), tmp_path / "part", max_steps=6)
+    resumed.train(resume_from_checkpoint=True)
+    torch.testing.assert_close(resumed.model.state_dict(), full.model.state_dict(), rtol=1e-4, atol=1e-6)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "checkpoint-6")
+    equal(loaded.state_dict(), full.model.state_dict())
+
+
+def test_trainer_loads_the_best_model(tiny, tmp_path):
+    run = trainer(get_rps_model(tiny("llama"), RPSConfig(ratio=0.2)), tmp_path, max_steps=6, eval_strategy="steps",
+                  eval_steps=2, load_best_model_at_end=True, metric_for_best_model="loss")  # fmt: skip
+    run.train()
+    best = AutoModelForCausalLM.from_pretrained(run.state.best_model_checkpoint)
+    equal(best.state_dict(), run.model.state_dict())
+    assert isinstance(run.model.model.layers[0].mlp.up_proj, RPSLinear)

@@ -1,0 +1,91 @@
+"""Several RPS adapters on one model, with PEFT and with transformers' own adapters."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from peft_adapters import MODES, config, equal, layers, logits, psi
+
+from hf_rps import RPSConfig
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_adapters(tiny, ids, mode):
+    alone = {}
+    torch.manual_seed(1)
+    model = get_peft_model(tiny(), config(mode), adapter_name="a").eval()
+    alone["a"] = logits(model, ids)
+    model.add_adapter("b", config(mode, seed=1, ratio=0.1))
+    assert psi(model, "a").requires_grad
+    assert not psi(model, "b").requires_grad
+    equal(logits(model, ids), alone["a"])
+    model.set_adapter("b")
+    assert not psi(model, "a").requires_grad
+    alone["b"] = logits(model, ids)
+    assert not torch.equal(alone["a"], alone["b"])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert psi(model, "a").grad is None
+    assert psi(model, "b").grad.abs().sum() > 0
+    if mode == "delta":
+        model.base_model.set_adapter(["a", "b"])
+        both = logits(model, ids)
+        weights = tiny()
+        for name, layer in layers(model).items():
+            name = name.removeprefix("base_model.model.")
+            weights.get_parameter(f"{name}.weight").data += layer.get_delta_weight("a") + layer.get_delta_weight("b")
+        torch.testing.assert_close(both, logits(weights, ids), rtol=1e-4, atol=1e-5)
+    model.delete_adapter("b")
+    model.set_adapter("a")
+    equal(logits(model, ids), alone["a"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_second_replacement_starts_from_the_first(tiny, ids, kind):
+    """Projected from the weights that the model has: with the same map, the same array."""
+    model = get_peft_model(tiny(kind), RPSConfig(ratio=0.2), adapter_name="a").eval()
+    model.add_adapter("b", RPSConfig(ratio=0.2))
+    torch.testing.assert_close(psi(model, "b"), psi(model, "a"))
+
+
+def test_replacements_of_different_layers(tiny, ids):
+    """A layer that not every adapter replaces keeps its dense weight; one that lost it says so."""
+    model = get_peft_model(tiny(), config("replace", target_modules=["up_proj"]), adapter_name="a").eval()
+    model.add_adapter("b", config("replace", target_modules=["down_proj"]))
+    assert layers(model)["base_model.model.model.layers.0.mlp.down_proj"].base_layer.weight is not None
+    logits(model, ids)
+    model.set_adapter("b")
+    with pytest.raises(ValueError, match=r"freed.*\['a'\] none is active; activate one"):
+        logits(model, ids)
+    model.base_model.set_adapter(["a", "b"])
+    assert logits(model, ids).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_transformers_own_adapters(tiny, ids, tmp_path, mode):
+    model = tiny()
+    model.add_adapter(config(mode), "a")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["rps.rps_psi.a"]
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path / "a")
+    model.add_adapter(config(mode, seed=1), "b")
+    other = logits(model, ids)
+    assert model.active_adapters() == ["b"]
+    model.set_adapter("a")
+    equal(logits(model, ids), expected)
+    model.delete_adapter("b")
+    again = tiny()
+    info = again.load_adapter(str(tmp_path / "a"))
+    assert not info.missing_keys
+    assert not info.unexpected_keys
+    equal(logits(again, ids), expected)
+    assert not any("rps_map" in name for name, _ in again.named_parameters())
+    again.load_adapter(str(tmp_path / "a"), "second")
+    again.set_adapter("second")
+    equal(logits(again, ids), expected)
+    assert not torch.equal(expected, other)
+    if mode == "delta":
+        again.disable_adapters()
+        equal(logits(again, ids), logits(tiny(), ids))
+        again.enable_adapters()
+        equal(logits(again, ids), expected)
+        model.delete_adapter("a")
+        equal(logits(model, ids), logits(tiny(), ids))
