@@ -34,6 +34,15 @@ def reshaped(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.ops.aten._unsafe_view(tensor, shape)
 
 
+def is_unshared(tensor: torch.Tensor) -> bool:
+    """True where no other tensor has the memory of ``tensor``."""
+    return _storage_uses(tensor) == _storage_uses(torch.empty(0))
+
+
+def _storage_uses(tensor: torch.Tensor) -> int:
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
 def active_ddp() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward call runs in this thread."""
     return DistributedDataParallel._get_active_ddp_module()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_rps.mappings.weight_map import WeightMap
 from hf_rps.products.base import Choice, choose
 from hf_rps.psi.divisor import Divisor
+from hf_rps.psi.memory import GradientMemory
 from hf_rps.psi.passes import Passes, Reading
 from hf_rps.psi.sink import Divide, GradientBuffer, GradientSink
 
@@ -47,6 +48,7 @@ class SharedArray:
         self.weight_map = weight_map
         self.divisor = Divisor(weight_map, grad_scaling)
         self.passes = Passes()
+        self.memory = GradientMemory()
         self.choose: Choice = choose
 
     def read(self, device: torch.device, dtype: torch.dtype, call_owner: Callable[..., Reading]) -> Reading:
@@ -57,8 +59,9 @@ class SharedArray:
         """A new reading of psi (m,): copied and cast, and behind a gradient sink of its own if it is trained."""
         psi = psi if psi.device == device else psi.to(device)
         if not (torch.is_grad_enabled() and psi.requires_grad):
+            self.memory.release()
             return Reading(psi.detach().to(dtype), None)
-        buffer = GradientBuffer()
+        buffer = GradientBuffer(self.memory)
         cast = None if psi.dtype == dtype else psi.detach().to(dtype)
         return Reading(GradientSink.apply(psi, cast, buffer, self.divisor, self.passes.check_reentrant), buffer)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_rps import internals
 from hf_rps.psi.divisor import Divisor
+from hf_rps.psi.memory import GradientMemory
 
 
 class GradientBuffer:
@@ -21,9 +22,10 @@ class GradientBuffer:
     that runs inside another (reentrant checkpointing) does not mix with it.
     """
 
-    __slots__ = ("_buffers",)
+    __slots__ = ("_buffers", "_memory")
 
-    def __init__(self):
+    def __init__(self, memory: GradientMemory):
+        self._memory = memory
         self._buffers: dict[int, Tensor] = {}
 
     def get(self, psi: Tensor) -> Tensor:
@@ -31,13 +33,15 @@ class GradientBuffer:
         task = internals.backward_id()
         buffer = self._buffers.get(task)
         if buffer is None:
-            buffer = torch.zeros_like(psi, dtype=torch.promote_types(psi.dtype, torch.float32))
-            self._buffers[task] = buffer
+            buffer = self._buffers[task] = self._memory.zeros(psi)
         return buffer
 
     def take(self) -> Tensor | None:
         """Hand over the buffer of the running backward pass, or None if nothing was added."""
-        return self._buffers.pop(internals.backward_id(), None)
+        buffer = self._buffers.pop(internals.backward_id(), None)
+        if buffer is not None:
+            self._memory.remember(buffer)
+        return buffer
 
 
 class GradientSink(torch.autograd.Function):

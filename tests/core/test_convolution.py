@@ -18,8 +18,8 @@ from hf_rps.layers.kinds import Candidate, kind_of
 from hf_rps.mappings import definition
 from hf_rps.mappings.base import Target
 from hf_rps.mappings.weight_map import WeightMap
-from hf_rps.psi import sink
 from hf_rps.psi.bank import Bank
+from hf_rps.psi.memory import GradientMemory
 
 # arguments of a convolution: (in_channels, out_channels, kernel_size) and options, and the size of its input
 SHAPES = {
@@ -173,8 +173,8 @@ def test_the_gradient_is_one_buffer_and_not_an_array_a_run(monkeypatch):
     """The plain path would add up an array of the size of psi for each of the many runs."""
     layer = layer_of((8, 16, 3), {}, (6, 6), ratio=0.05)
     made = []
-    zeros_like = torch.zeros_like
-    monkeypatch.setattr(sink.torch, "zeros_like", lambda *a, **k: made.append(1) or zeros_like(*a, **k))
+    zeros = GradientMemory.zeros
+    monkeypatch.setattr(GradientMemory, "zeros", lambda self, psi: made.append(1) or zeros(self, psi))
     assert len(layer.shared.matrix.layout.runs) >= 20
     y = layer(torch.randn(1, 8, 6, 6, dtype=torch.float64))
     names = set()

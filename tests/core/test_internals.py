@@ -92,6 +92,22 @@ def test_apply_function():
         assert not internals.apply_function(Double, x, None).requires_grad
 
 
+def test_is_unshared():
+    tensor = torch.ones(3)
+    assert internals.is_unshared(tensor)
+    alias = tensor.view(3)
+    assert not internals.is_unshared(tensor)
+    del alias
+    assert internals.is_unshared(tensor)
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = tensor
+    kept = tensor.detach()
+    del tensor
+    assert not internals.is_unshared(kept)
+    parameter.grad = None
+    assert internals.is_unshared(kept)
+
+
 def test_reshaped():
     class Reshaped(torch.autograd.Function):
         @staticmethod

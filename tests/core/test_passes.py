@@ -102,6 +102,18 @@ def test_held_gradients_are_not_overwritten():
     network.zero_grad()
     network(inputs()).sum().backward()
     torch.testing.assert_close(held, before)
+    address = held.data_ptr()
+    del held
+    second = network.bank.psi.grad.data_ptr()
+    assert second != address
+    network.zero_grad()
+    network(inputs()).sum().backward()
+    assert network.bank.psi.grad.data_ptr() == second, "memory that nobody holds is taken again"
+    memory = network.bank.array.memory
+    assert memory._last is not None
+    with torch.no_grad():
+        network(inputs())
+    assert memory._last is None, "an evaluation gives it back"
 
 
 def test_autocast_casts_psi_once_a_pass(monkeypatch):

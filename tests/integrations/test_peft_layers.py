@@ -20,6 +20,7 @@ from hf_rps.mappings.base import Target
 from hf_rps.mappings.weight_map import WeightMap
 from hf_rps.products.autograd import shared_linear
 from hf_rps.products.base import Made
+from hf_rps.psi.memory import GradientMemory
 from hf_rps.psi.sink import GradientBuffer
 
 
@@ -38,7 +39,7 @@ def test_delta_function_equals_its_reference(rows, cols, m, tokens, transposed, 
     gy = draw(tokens, rows)
     for fast in (True, False):
         x, psi, bias = (t.clone().requires_grad_() for t in inputs)
-        buffer, summed = GradientBuffer(), []
+        buffer, summed = GradientBuffer(GradientMemory()), []
         if fast:
             y = shared_linear(x, psi, bias, Made(weight_map.matrix("w")), buffer, weight)
             # the buffer belongs to the pass that fills it; a hook on x runs inside that pass
