@@ -17,7 +17,7 @@ setup: .venv/done  ## make the virtual environment
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
 	touch $@
 
-test: setup  ## the fast tests and PEFT's own, under ten minutes on two cores
+test: setup  ## the fast tests and PEFT's own, some five minutes on two cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	$(MAKE) conformance
 
@@ -27,9 +27,10 @@ conformance: setup  ## PEFT's own test suite on RPSConfig, both modes; about a m
 test-slow: setup  ## the slow tests, run before an issue is closed
 	$(BIN)/python -m pytest -q -m slow
 
-lint: setup  ## the linter and the formatter, which change nothing
+lint: setup  ## the linters and the formatter, which change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: setup  ## let the formatter and the linter's safe fixes change files
 	$(BIN)/ruff format .

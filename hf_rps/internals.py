@@ -34,6 +34,11 @@ def reshaped(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.ops.aten._unsafe_view(tensor, shape)
 
 
+def divide_each_(tensors: list[torch.Tensor], numbers: list[float]) -> None:
+    """Divide each tensor by its number, in place, in one call."""
+    torch._foreach_div_(tensors, numbers)
+
+
 def is_unshared(tensor: torch.Tensor) -> bool:
     """True where no other tensor has the memory of ``tensor``."""
     return _storage_uses(tensor) == _storage_uses(torch.empty(0))

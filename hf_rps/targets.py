@@ -143,9 +143,7 @@ def find_targets(
         unfit.append(f"{name} ({problem})")
     if not candidates:
         raise ValueError(_nothing_message(model, config, modules, unfit, adapters))
-    left = _left_dense(modules, {c.name for c in candidates})
-    if left:
-        logger.info("left dense: %s", ", ".join(f"{kind} ({count})" for kind, count in left.items()))
+    _log_left_dense(modules, {c.name for c in candidates})
     return candidates
 
 
@@ -190,10 +188,11 @@ def _nothing_message(
     )
 
 
-def _left_dense(modules: dict[str, nn.Module], shared: set[str]) -> dict[str, int]:
-    """Modules with weight matrices of their own that stay dense, counted by class and name."""
+def _log_left_dense(modules: dict[str, nn.Module], shared: set[str]) -> None:
+    """Log the modules with weight matrices of their own that stay dense, counted by class and name."""
     left = Counter()
     for name, module in modules.items():
         if name not in shared and any(p is not None and p.ndim >= 2 for p in module._parameters.values()):
             left[f"{type(module).__name__} {re.sub(r'[.][0-9]+(?=[.]|$)', '.*', name)}"] += 1
-    return dict(left)
+    if left:
+        logger.info("left dense: %s", ", ".join(f"{kind} ({count})" for kind, count in left.items()))

@@ -7,6 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from hf_rps import internals
 from hf_rps.mappings.weight_map import WeightMap
 
 SCALINGS = ("projection", "norm", "none")
@@ -68,7 +69,7 @@ class Divisor:
         if isinstance(divisor, Tensor):
             gradient.div_(divisor)
         else:
-            torch._foreach_div_(list(gradient.split(divisor[0])), divisor[1])
+            internals.divide_each_(list(gradient.split(divisor[0])), divisor[1])
 
     def kept_tensors(self) -> list[Tensor]:
         """The tensors that this object keeps."""

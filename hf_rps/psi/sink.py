@@ -74,12 +74,17 @@ class GradientSink(torch.autograd.Function):
 
 
 class Divide(torch.autograd.Function):
-    """Identity whose gradient is divided: the sink of the plain path, which has no buffer and can be traced."""
+    """Identity whose gradient is divided: the sink of the plain path, for compilers and torch.func's transforms."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, psi, divisor):
-        ctx.save_for_backward(divisor)
+    def forward(psi, divisor):
         return psi.view_as(psi)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx, grad):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from networks import KINDS, Network
+from triton_cases import fresh, weight_map  # noqa: F401  fixtures
 from ways import read
 
 

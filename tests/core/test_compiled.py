@@ -6,8 +6,9 @@ from networks import Network, inputs
 from ways import read
 
 
-def test_functorch_takes_the_plain_path(network):
-    network.bank.array.divisor.scaling = "none"
+@pytest.mark.parametrize("scaling", ["none", "norm", "projection"])
+def test_functorch_takes_the_plain_path(network, scaling):
+    network.bank.array.divisor.scaling = scaling
     parameters = dict(network.named_parameters())
     x = inputs().detach()
 

@@ -92,6 +92,12 @@ def test_apply_function():
         assert not internals.apply_function(Double, x, None).requires_grad
 
 
+def test_divide_each():
+    whole = torch.ones(5)
+    internals.divide_each_(list(whole.split([2, 3])), [2.0, 4.0])
+    assert whole.tolist() == [0.5, 0.5, 0.25, 0.25, 0.25]
+
+
 def test_is_unshared():
     tensor = torch.ones(3)
     assert internals.is_unshared(tensor)
