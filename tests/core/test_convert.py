@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_rps import RPSConfig, get_rps_model, size_report, to_dense
@@ -270,3 +271,16 @@ def test_base_model_alone_and_encoder_called_by_itself(tiny, ids):
     full = model(ids).last_hidden_state
     hidden = model.embeddings(ids)
     torch.testing.assert_close(model.encoder(hidden, attention_mask=None).last_hidden_state, full)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.3, 0.01])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_every_dense_weight_has_memory_of_its_own(tiny, kind, ratio):
+    """What is saved after to_dense or merge_and_unload is as large as the dense model, and no larger."""
+    native = to_dense(get_rps_model(tiny(kind, AutoModel), RPSConfig(ratio=ratio)))
+    merged = get_peft_model(tiny(kind, AutoModel), RPSConfig(ratio=ratio)).merge_and_unload()
+    for model in (native, merged):
+        parameters = [p for p in model.parameters() if p.ndim == 2]
+        assert all(p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in parameters)
+        assert len({p.untyped_storage().data_ptr() for p in parameters}) == len(parameters)
+        assert all(p.is_contiguous() for p in parameters)
