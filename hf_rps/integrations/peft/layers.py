@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
@@ -92,7 +94,7 @@ class DeltaLinear(AdapterLinear):
         return (
             self.quantization_backend is None
             and x.numel() >= _FEW_TOKENS * self.in_features
-            and self.kind.can_share(base)
+            and self._base_is_plain
             and not internals.is_hooked(base)
             and weight.dtype in (torch.float32, torch.float64)
             and not weight.requires_grad
@@ -101,6 +103,11 @@ class DeltaLinear(AdapterLinear):
             and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
             and not takes_plain_path()
         )
+
+    @cached_property
+    def _base_is_plain(self) -> bool:
+        """True where the base layer computes nothing but the product with its weight; it may have to be tried out."""
+        return self.kind.can_share(self.base_layer)
 
     def _fused(self, x: Tensor, shared: SharedWeight) -> Tensor:
         weight = self.kind.matrix(self.base_layer.weight)
