@@ -92,7 +92,8 @@ class DeltaLinear(AdapterLinear):
         base = self.base_layer
         weight, bias = base.weight, base.bias
         return (
-            self.quantization_backend is None
+            not takes_plain_path()
+            and self.quantization_backend is None
             and x.numel() >= _FEW_TOKENS * self.in_features
             and self._base_is_plain
             and not internals.is_hooked(base)
@@ -101,7 +102,6 @@ class DeltaLinear(AdapterLinear):
             and weight.device == x.device
             and (bias is None or bias.dtype == weight.dtype)
             and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
-            and not takes_plain_path()
         )
 
     @cached_property
