@@ -35,6 +35,12 @@ def module_name(name: str, prefix: str) -> str:
     return name.removeprefix(_OUTSIDE) if name.startswith(_OUTSIDE) else prefix + name
 
 
+def weight_key(name: str, parameter: str, prefix: str) -> str:
+    """State-dict key of the dense weight that the target ``name`` of a map stands for; ``prefix`` as above."""
+    full_name = module_name(name, prefix)
+    return f"{full_name}.weight" if parameter == "weight" else full_name
+
+
 def bank_prefix(model: nn.Module) -> str:
     """State-dict prefix of the bank of a native model, without a trailing dot."""
     return base_prefix(model) + BANK_NAME

@@ -115,7 +115,7 @@ class Net(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.inner, self.gate, self.outer = nn.Linear(12, 12), Gate(12), nn.Linear(12, 12)
+        self.gate, self.inner, self.outer = Gate(12), nn.Linear(12, 12), nn.Linear(12, 12)
         self.post_init()
 
     def forward(self, x):

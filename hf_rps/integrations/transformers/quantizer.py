@@ -33,7 +33,7 @@ from hf_rps.layers.base import RPSLayer
 from hf_rps.layers.kinds import Candidate, candidate_at
 from hf_rps.mappings.base import Target
 from hf_rps.mappings.weight_map import WeightMap
-from hf_rps.names import bank_prefix, base_prefix, module_name, psi_key
+from hf_rps.names import bank_prefix, base_prefix, module_name, psi_key, weight_key
 from hf_rps.psi.bank import Bank
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def sentinel_key(model: nn.Module) -> str:
     """
     layer = next(module for module in model.modules() if isinstance(module, RPSLayer))
     # by the map: wrappers change the modules' names
-    return f"{module_name(layer.name, base_prefix(model))}.{layer.parameter}"
+    return weight_key(layer.name, layer.parameter, base_prefix(model))
 
 
 def _target_dtype(model: nn.Module) -> torch.dtype:
