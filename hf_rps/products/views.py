@@ -1,4 +1,4 @@
-"""Products on zero-copy views of psi: no weight is made, and scale and sign are folded into the outputs.
+"""Products on zero-copy views of psi: no weight is made, and outputs are scaled and signed.
 
 For matrices of :class:`hf_rps.mappings.fold.FoldMatrix`, whose rows are contiguous in psi. A block of rows is a view
 that goes straight into the matrix product; the few rows that a run's end splits are pieced together. The backward pass

@@ -130,7 +130,7 @@ def test_autocast_casts_psi_once_a_pass(monkeypatch):
 
 
 def test_concurrent_passes_in_threads(network):
-    """Serving in no_grad beside training in another thread must not take each other's gates."""
+    """Serving in no_grad beside training in another thread must not take each other's readings."""
     x = inputs()
     network(x).square().sum().backward()
     expected = network.bank.psi.grad.clone()
@@ -158,7 +158,7 @@ def test_concurrent_passes_in_threads(network):
 
 
 def test_a_pass_that_was_never_closed_does_not_outlive_the_next_call(network):
-    """Compiled code may end a pass without its closing hook; the next call must not find that pass's gates."""
+    """Compiled code may end a pass without its closing hook; the next call must not find that pass's readings."""
     network.bank.array.passes._open(network, ())
     network.layers[0](inputs())
     with torch.no_grad():

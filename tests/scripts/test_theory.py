@@ -51,7 +51,7 @@ def test_fold_enumerated(n, m):
     assert np.var(values) == pytest.approx(theory.fold_variance(x, y, m))
 
 
-# whole rows, torn rows, rows longer than the array, one column (a sign per weight) and one row (a single sign)
+# whole rows, split rows, rows longer than the array, one column (a sign per weight) and one row (a single sign)
 @pytest.mark.parametrize(
     ("rows", "cols", "m"), [(2, 3, 3), (3, 2, 2), (3, 2, 4), (3, 4, 5), (2, 3, 2), (3, 3, 2), (6, 1, 3), (1, 6, 4)]
 )
