@@ -124,9 +124,10 @@ class Linear(LayerKind):
     def matches(self, module: nn.Module) -> bool:
         if isinstance(module, nn.Linear):
             return True
-        weight = module._parameters.get("weight")
         shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-        return weight is not None and weight.ndim == 2 and shape == tuple(weight.shape)
+        if "weight" not in module._parameters or None in shape:
+            return False
+        return module.weight is None or shape == tuple(module.weight.shape)  # an adapter may have freed it
 
     def can_share(self, module: nn.Module) -> bool:
         weight = module._parameters.get("weight")

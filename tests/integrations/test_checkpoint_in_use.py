@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -110,6 +111,31 @@ def test_dequantize_is_to_dense(saved, ids):
     dense.save_pretrained(folder)
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("come_by", ["converted", "loaded", "converted on load", "copied", "pickled"])
+def test_a_dense_model_again_bears_no_mark(saved, tiny, tmp_path, come_by):
+    """to_dense leaves what was there before, however the compressed model came about, and it can be compressed anew."""
+    model, folder = saved
+    untouched = {name for name in tiny("llama").__dict__ if not name.startswith("__")}
+    if come_by == "converted on load":
+        tiny("llama").save_pretrained(tmp_path / "dense")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=RPSConfig(ratio=0.1))
+    elif come_by == "loaded":
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    elif come_by != "converted":
+        model = {"copied": copy.deepcopy, "pickled": lambda m: pickle.loads(pickle.dumps(m))}[come_by](model)
+    marked = {"hf_quantizer", "quantization_method", "is_quantized", "gather_sharded_state_dict_for_save"}
+    for one in (model, model.base_model):
+        assert marked <= one.__dict__.keys()
+    to_dense(model)
+    for one in (model, model.base_model):
+        assert not marked & one.__dict__.keys()
+        assert not any("rps" in str(value) for value in (one.__dict__.keys() - untouched, one.model_tags))
+        assert not hasattr(one.config, "quantization_config")
+    again = get_rps_model(model, RPSConfig(ratio=0.2, seed=5))
+    again.save_pretrained(tmp_path / "again")
+    assert find_bank(AutoModelForCausalLM.from_pretrained(tmp_path / "again")).weight_map.seed == 5
 
 
 def trainer(model, folder, **options):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
 from peft_adapters import MODES, config, equal, layers, logits, psi
+from torch import nn
 
 from hf_rps import RPSConfig
 
@@ -89,3 +91,25 @@ def test_transformers_own_adapters(tiny, ids, tmp_path, mode):
         equal(logits(again, ids), expected)
         model.delete_adapter("a")
         equal(logits(model, ids), logits(tiny(), ids))
+
+
+class LookAlike(nn.Module):
+    """A linear layer by what it computes, not by its class."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.in_features = self.out_features = size
+        self.weight, self.bias = nn.Parameter(torch.randn(size, size)), nn.Parameter(torch.randn(size))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+def test_a_second_adapter_on_layers_of_any_class():
+    """Whose weight the first one has freed."""
+    wrapped = get_peft_model(nn.Sequential(LookAlike(8), nn.Linear(8, 8)), RPSConfig(ratio=1.0))
+    x = torch.randn(3, 8)
+    expected = wrapped(x)
+    wrapped.add_adapter("second", RPSConfig(ratio=1.0, seed=1))
+    wrapped.set_adapter("second")
+    torch.testing.assert_close(wrapped(x), expected)

@@ -10,8 +10,11 @@ from transformers.quantizers import HfQuantizer
 from hf_rps.integrations.model_card import TAGS
 from hf_rps.psi.bank import Bank
 
-_SAVED = "rps_saved"  # attribute of a marked model: the attributes that it had of its own before
-_ABSENT = "absent"
+_OWN = "rps_own_attributes"  # attribute of a marked model: what it had of _RESTORED before
+# what a marked model carries: of the first two it may have had its own, which come back
+_RESTORED = ("_weight_conversions", "model_tags")
+_MARKS = (*_RESTORED, "hf_quantizer", "gather_sharded_state_dict_for_save", "quantization_method", "is_quantized",
+          "_keys_to_ignore_on_load_unexpected")  # fmt: skip
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -27,32 +30,27 @@ def mark(model: nn.Module, quantizer: HfQuantizer, bank: Bank) -> None:
     config = quantizer.quantization_config
     config.record(bank.weight_map)
     for owner in _owners(model):
-        tags = [*(tag for tag in owner.model_tags or () if tag not in TAGS), *TAGS]
-        marks = {
-            # names in the file are the module names: reverting them to legacy names would lose tensors in Trainer's
-            # resume
-            "_weight_conversions": [],
-            "hf_quantizer": quantizer,
-            "gather_sharded_state_dict_for_save": _keep_state,
-            "quantization_method": "rps",
-            "is_quantized": False,  # nothing that transformers forbids quantized models applies here
-            # transformers writes them into the card of every push, where a reader can see what to import
-            "model_tags": tags,
-        }
-        owner.__dict__.setdefault(_SAVED, {name: owner.__dict__.get(name, _ABSENT) for name in marks})
-        for name, value in marks.items():
-            setattr(owner, name, value)
+        own = {name: owner.__dict__[name] for name in _RESTORED if name in owner.__dict__}
+        owner.__dict__.setdefault(_OWN, own)
+        # names in the file are the module names: reverting them to legacy names would lose tensors in Trainer's resume
+        owner._weight_conversions = []
+        owner.hf_quantizer = quantizer
+        owner.gather_sharded_state_dict_for_save = _keep_state
+        owner.quantization_method = "rps"
+        owner.is_quantized = False  # nothing that transformers forbids quantized models applies here
         owner.config.quantization_config = config
+        # transformers writes them into the card of every push, where a reader can see what to import
+        owner.model_tags = [*(tag for tag in owner.model_tags or () if tag not in TAGS), *TAGS]
 
 
 def unmark(model: nn.Module) -> None:
-    """Undo :func:`mark`."""
+    """Undo :func:`mark`, also on a model that came from a compressed checkpoint."""
     for owner in _owners(model):
-        for name, value in owner.__dict__.pop(_SAVED, {}).items():
+        own = owner.__dict__.pop(_OWN, {})
+        for name in _MARKS:
             owner.__dict__.pop(name, None)
-            if value is not _ABSENT:
-                setattr(owner, name, value)
-        owner.__dict__.pop("_keys_to_ignore_on_load_unexpected", None)  # loading a checkpoint put it there
+        for name, value in own.items():
+            setattr(owner, name, value)
         for name in ("quantization_config", "_is_quantized"):
             owner.config.__dict__.pop(name, None)
 
