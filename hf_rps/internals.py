@@ -70,6 +70,11 @@ def without_subclasses():
     return torch._C.DisableTorchFunctionSubclass()
 
 
+def has_accumulation_hooks(parameter: torch.Tensor) -> bool:
+    """True where a hook runs each time that a part of the parameter's gradient has been added."""
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
 def is_hooked(module: nn.Module) -> bool:
     """True where calling ``module`` does more than its class's forward: hooks, or a forward put on the instance."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks

@@ -82,19 +82,42 @@ def _gradients_by_definition(
     return tuple(next(gradients) if need else None for need in needed)
 
 
+def _keep(ctx, psi: Tensor) -> None:
+    """Keep psi for the backward pass: one tensor of the pass, which all its layers refer to.
+
+    It is not among the saved tensors, of which hooks (offloading, compression) would make a copy for each layer.
+    """
+    ctx.psi, ctx.version = psi, psi._version
+
+
+def _kept(ctx) -> Tensor:
+    """psi as the forward pass has read it.
+
+    Raises:
+        RuntimeError: It was written to since, as autograd says of the tensors that it saves itself.
+    """
+    if ctx.psi._version != ctx.version:
+        raise RuntimeError(
+            "the shared array was modified by an in-place operation between a forward pass and its backward pass, "
+            "whose gradients would be of other weights. Step the optimizer after all backward passes of a step"
+        )
+    return ctx.psi
+
+
 class _SharedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, psi, bias, base, product, buffer):
         ctx.set_materialize_grads(False)
         ctx.product, ctx.buffer = product, buffer
-        ctx.save_for_backward(x, psi, bias, base)
+        ctx.save_for_backward(x, bias, base)
+        _keep(ctx, psi)
         return _product(product, base).linear(x, psi, bias)
 
     @staticmethod
     def backward(ctx, gy):
         if gy is None:
             return (None,) * 6
-        x, psi, bias, base = ctx.saved_tensors
+        (x, bias, base), psi = ctx.saved_tensors, _kept(ctx)
         needs_x, needs_psi, needs_bias = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # double backward
             y = linear_by_definition(x, psi, bias, ctx.product.matrix, base)
@@ -116,14 +139,14 @@ class _SharedWeight(torch.autograd.Function):
     def forward(ctx, psi, matrix, buffer):
         ctx.set_materialize_grads(False)
         ctx.matrix, ctx.buffer = matrix, buffer
-        ctx.save_for_backward(psi)
+        _keep(ctx, psi)
         return matrix.make(psi)
 
     @staticmethod
     def backward(ctx, gradient):
         gpsi = None
         if gradient is not None:
-            (psi,) = ctx.saved_tensors
+            psi = _kept(ctx)
             if torch.is_grad_enabled():  # double backward
                 weight = ctx.matrix.weight(psi)
                 (gpsi,) = _gradients_by_definition(weight, gradient, (psi,), ctx.needs_input_grad[:1])

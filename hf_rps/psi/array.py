@@ -51,9 +51,11 @@ class SharedArray:
         self.memory = GradientMemory()
         self.choose: Choice = choose
 
-    def read(self, device: torch.device, dtype: torch.dtype, call_owner: Callable[..., Reading]) -> Reading:
+    def read(
+        self, psi: nn.Parameter, device: torch.device, dtype: torch.dtype, call_owner: Callable[..., Reading]
+    ) -> Reading:
         """psi as this pass reads it; where it has not yet, ``call_owner(device, dtype)`` leads to :meth:`enter`."""
-        return self.passes.reading(device, dtype, call_owner)
+        return self.passes.reading(psi, device, dtype, call_owner)
 
     def enter(self, psi: Tensor, device: torch.device, dtype: torch.dtype) -> Reading:
         """A new reading of psi (m,): copied and cast, and behind a gradient sink of its own if it is trained."""

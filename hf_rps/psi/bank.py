@@ -36,7 +36,7 @@ class Bank(nn.Module):
 
     def read(self, device: torch.device, dtype: torch.dtype) -> Reading:
         """psi as this pass reads it."""
-        return self.array.read(device, dtype, self)
+        return self.array.read(self.psi, device, dtype, self)
 
     def forward(self, device: torch.device, dtype: torch.dtype) -> Reading:
         """Read psi anew: a call, so that the hooks on this module (offloading, FSDP) run around it."""

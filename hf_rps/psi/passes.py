@@ -24,6 +24,28 @@ class Reading(NamedTuple):
     buffer: GradientBuffer | None
 
 
+class _Entry(NamedTuple):
+    """A reading, the parameter that was read, and its version then."""
+
+    reading: Reading
+    psi: nn.Parameter
+    version: int | None
+
+    def is_stale(self, psi: nn.Parameter) -> bool:
+        """True where ``psi``, as it is now, is not what was read.
+
+        A sharded parameter (FSDP2) is another object while it is gathered, and no less the same.
+        """
+        if psi is self.psi:
+            return _version(psi) != self.version
+        return type(psi) is nn.Parameter and type(self.psi) is nn.Parameter
+
+
+def _version(psi: Tensor) -> int | None:
+    """How often psi was written to; None for a tensor that does not count."""
+    return None if psi.is_inference() else psi._version
+
+
 class Passes:
     """The pass that is open in each thread, and its readings.
 
@@ -72,18 +94,23 @@ class Passes:
         if getattr(self._open_here, "opener", None) is module:
             self._open_here.opener = self._open_here.readings = None
 
-    def reading(self, device: torch.device, dtype: torch.dtype, make: Callable[..., Reading]) -> Reading:
-        """This pass's reading for ``device`` and ``dtype``, by ``make(device, dtype)`` where there is none yet."""
+    def reading(
+        self, psi: nn.Parameter, device: torch.device, dtype: torch.dtype, make: Callable[..., Reading]
+    ) -> Reading:
+        """This pass's reading of ``psi`` for ``device`` and ``dtype``, by ``make(device, dtype)`` where there is none.
+
+        A pass that Ctrl-C has cut short is never closed. It is found out by a change of psi since.
+        """
         readings = getattr(self._open_here, "readings", None)
         if readings is None:
             readings = self._recomputed()
         if readings is None:
             return make(device, dtype)
         key = (device, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        reading = readings.get(key)
-        if reading is None:
-            reading = readings[key] = make(device, dtype)
-        return reading
+        entry = readings.get(key)
+        if entry is None or entry.is_stale(psi):
+            entry = readings[key] = _Entry(make(device, dtype), psi, _version(psi))
+        return entry.reading
 
     def _recomputed(self) -> dict | None:
         """The readings of layers that run inside a backward pass (gradient checkpointing), dropped at its end."""
@@ -98,12 +125,20 @@ class Passes:
     def _end_recomputation(self) -> None:
         self._recomputation = (-1, {})
 
-    def check_reentrant(self) -> None:
-        """Refuse what DistributedDataParallel gets wrong, silently: psi's gradient in several parts.
+    def check_reentrant(self, psi: nn.Parameter) -> None:
+        """Refuse those who take a part of psi's gradient for the whole, silently.
 
         Reentrant checkpointing runs a backward pass of its own for every checkpointed block, and each brings psi a part
-        of its gradient. A reducer that was not told to wait (static_graph) sums the first part over the processes.
+        of its gradient. A hook on psi is called for each of them. DistributedDataParallel's reducer, if it was not told
+        to wait (static_graph), sums the first part over the processes.
         """
+        if internals.has_accumulation_hooks(psi):
+            raise RuntimeError(
+                "gradient checkpointing with use_reentrant=True brings the shared array its gradient in several parts, "
+                "and a hook on it (register_post_accumulate_grad_hook, used by optimizers that step in the backward "
+                "pass) would take each for the whole. Use use_reentrant=False (transformers: "
+                "gradient_checkpointing_kwargs={'use_reentrant': False})"
+            )
         ddp = None if self._ddp is None else self._ddp()
         if ddp is not None and not ddp.static_graph and ddp.process_group.size() > 1:
             raise RuntimeError(

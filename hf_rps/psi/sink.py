@@ -47,7 +47,8 @@ class GradientBuffer:
 class GradientSink(torch.autograd.Function):
     """Identity (or a cast made beforehand) from psi to its uses; backward returns buffer and gradient, divided.
 
-    ``check_nested`` is called in the backward pass of a sink that was made inside a backward pass, and may raise.
+    ``check_nested`` is called with psi in the backward pass of a sink that was made inside a backward pass, and may
+    raise.
     """
 
     @staticmethod
@@ -55,13 +56,14 @@ class GradientSink(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.buffer, ctx.divisor, ctx.check_nested, ctx.dtype = buffer, divisor, check_nested, psi.dtype
         ctx.recomputed = internals.backward_id() != -1
+        ctx.psi = psi
         source = psi if cast is None else cast
         return source.view_as(source)
 
     @staticmethod
     def backward(ctx, grad):
         if ctx.recomputed:
-            ctx.check_nested()
+            ctx.check_nested(ctx.psi)
         total = ctx.buffer.take()
         if total is not None and not torch.is_grad_enabled():
             if grad is not None:

@@ -169,6 +169,15 @@ def test_without_subclasses():
     assert called
 
 
+def test_has_accumulation_hooks():
+    parameter = nn.Parameter(torch.ones(2))
+    assert not internals.has_accumulation_hooks(parameter)
+    handle = parameter.register_post_accumulate_grad_hook(lambda p: None)
+    assert internals.has_accumulation_hooks(parameter)
+    handle.remove()
+    assert not internals.has_accumulation_hooks(parameter)
+
+
 def test_is_hooked():
     for hook in (
         lambda m: m.register_forward_hook(lambda *a: None),

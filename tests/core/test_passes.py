@@ -1,10 +1,12 @@
 """Passes: what several forwards and backwards, threads, checkpointing and exceptions do to the one gradient of psi."""
 
+import copy
 import threading
 
 import pytest
 import torch
 from networks import Network, inputs
+from torch import nn
 
 from hf_rps.psi.bank import Bank
 
@@ -166,3 +168,65 @@ def test_a_pass_that_was_never_closed_does_not_outlive_the_next_call(network):
     x = inputs()
     torch.testing.assert_close(network(x), network.by_definition(x, network.bank.psi))
     assert not is_open(network)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_pass_cut_short_by_ctrl_c_leaves_no_old_weights(network, grad):
+    """Torch runs no hook at the end of a call that KeyboardInterrupt leaves, so the pass stays open."""
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    x, layer = inputs(), network.layers[0]
+    handle = network.layers[-1].register_forward_pre_hook(interrupt)
+    with torch.set_grad_enabled(grad), pytest.raises(KeyboardInterrupt):
+        network(x)
+    handle.remove()
+    with torch.no_grad():
+        network.bank.psi.mul_(2)  # an optimizer's step
+    fresh = copy.deepcopy(network).layers[0]
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(layer(x), fresh(x))  # by itself: no call of the model opens a pass
+    network.bank.psi = nn.Parameter(torch.zeros_like(network.bank.psi))  # a loader
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(layer(x), copy.deepcopy(network).layers[0](x))
+
+
+def test_a_change_of_psi_before_the_backward_pass_is_refused(network):
+    loss = network(inputs()).square().sum()
+    with torch.no_grad():
+        network.bank.psi.mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified by an in.?place operation"):
+        loss.backward()
+    network(inputs()).sum().backward()
+
+
+def test_saved_tensor_hooks_see_no_copy_of_psi_per_layer(network):
+    """What activation offloading would copy: inputs and biases, not the array."""
+    saved = []
+    x = inputs()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = network(x).square().sum()
+    array = network.bank.psi.untyped_storage().data_ptr()
+    assert saved
+    assert all(tensor.untyped_storage().data_ptr() != array for tensor in saved)
+    loss.backward()
+    expected = network.psi_gradient(lambda psi: network.by_definition(x.detach(), psi).square().sum())
+    torch.testing.assert_close(network.bank.psi.grad, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_optimizers_that_step_in_the_backward_pass(network, reentrant):
+    """One step per backward pass, or a refusal: the array's gradient must not come in parts."""
+    steps, x = [], inputs()
+    network(x).square().sum().backward()
+    expected = network.bank.psi.grad.clone()
+    network.zero_grad()
+    network.bank.psi.register_post_accumulate_grad_hook(lambda p: steps.append(p.grad.clone()))
+    if reentrant:
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            network(x, checkpointing=True).square().sum().backward()
+    else:
+        network(x, checkpointing=False).square().sum().backward()
+        (step,) = steps
+        torch.testing.assert_close(step, expected)

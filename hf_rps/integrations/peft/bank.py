@@ -40,7 +40,7 @@ class AdapterSource:
         return self.bank.rps_psi[self.adapter_name]
 
     def read(self, device: torch.device, dtype: torch.dtype) -> Reading:
-        return self.array.read(device, dtype, partial(self.bank, self.adapter_name))
+        return self.array.read(self.psi, device, dtype, partial(self.bank, self.adapter_name))
 
 
 class ExpectedMaps(nn.ParameterDict):
