@@ -38,15 +38,24 @@ def get_rps_model(model: nn.Module, config: RPSSettings) -> nn.Module:
         )
     if hasattr(model, "peft_config"):
         raise ValueError("this model carries PEFT adapters; merge them (merge_and_unload) before get_rps_model")
-    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    if method is not None or getattr(model, "is_quantized", False):
-        name = getattr(method, "quant_method", "an unknown method")
-        raise ValueError(
-            f"this {type(model).__name__} is quantised with {getattr(name, 'value', name)}; RPS shares float weights, "
-            f"so load it without a quantization_config (or call model.dequantize() first)"
-        )
+    _check_float(model)
     quantizer.compress(model, config)
     return model
+
+
+def _check_float(model: nn.Module) -> None:
+    """Refuse a quantised model. One that was loaded from a GGUF file is float already, whatever it says."""
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if method is None and not getattr(model, "is_quantized", False):
+        return
+    name = getattr(method, "quant_method", "an unknown method")
+    name = getattr(name, "value", name)
+    if name == "gguf" and all(p.is_floating_point() and p.element_size() >= 2 for p in model.parameters()):
+        return
+    raise ValueError(
+        f"this {type(model).__name__} is quantised with {name}; RPS shares float weights, so load it without a "
+        f"quantization_config (or call model.dequantize() first)"
+    )
 
 
 def to_dense(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,3 +167,21 @@ def test_trainer_loads_the_best_model(tiny, tmp_path):
     best = AutoModelForCausalLM.from_pretrained(run.state.best_model_checkpoint)
     equal(best.state_dict(), run.model.state_dict())
     assert isinstance(run.model.model.layers[0].mlp.up_proj, RPSLinear)
+
+
+def test_a_model_from_a_gguf_file_is_float(tiny, ids, tmp_path):
+    """transformers calls it quantised, though it has dequantised every tensor while loading."""
+    model = tiny("llama")
+    method = SimpleNamespace(quant_method="gguf")
+    model.hf_quantizer = SimpleNamespace(quantization_config=method)
+    model.is_quantized, model.config.quantization_config = True, method
+    expected = model(ids).logits
+    get_rps_model(model, RPSConfig(ratio=1))
+    torch.testing.assert_close(model(ids).logits, expected)
+    model.save_pretrained(tmp_path / "small")
+    equal(AutoModelForCausalLM.from_pretrained(tmp_path / "small")(ids).logits, model(ids).logits)
+    to_dense(model).save_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(ids).logits, expected)
+    model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="other"))
+    with pytest.raises(ValueError, match="is quantised with other"):
+        get_rps_model(model, RPSConfig(ratio=1))
