@@ -73,7 +73,7 @@ class WeightMap:
         self.m = sum(group.m for group in self.groups)
         mean_square = math.fsum(t.numel * (t.std * t.std) for t in self.targets) / self.n
         default = std_factor * math.sqrt(mean_square) * (self.m / self.n) ** std_exponent
-        self.init_std = default if init_std is None else init_std
+        self.init_std = float(default if init_std is None else init_std)
         if not (self.init_std > 0 and math.isfinite(self.init_std)):
             raise ValueError(f"the shared array needs a positive, finite init_std, got {self.init_std}")
 

@@ -14,7 +14,14 @@ from forks import forks
 from paths import environment
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+)
 from ways import read
 
 from hf_rps import RPSConfig, get_rps_model, size_report
@@ -146,12 +153,57 @@ def test_deepcopy_pickle_and_load_state_dict(saved, ids, tiny):
     equal(other.eval()(ids).logits, model(ids).logits)
 
 
-def test_a_missing_bias_is_zero(saved, tmp_path, tiny, ids):
+def test_a_missing_bias(tmp_path, tiny):
+    """Refused by the class that saved it, whose every tensor must be there; zero in another, as transformers has it."""
     model = get_rps_model(tiny("bert", AutoModel), RPSConfig(ratio=0.2))
     model.save_pretrained(tmp_path)
     key = "encoder.layer.0.intermediate.dense.bias"
     rewrite(tmp_path, lambda t: t.pop(key), lambda m: m.update(rps_tensors=str(int(m["rps_tensors"]) - 1)))
-    assert not AutoModel.from_pretrained(tmp_path).get_parameter(key).any()
+    with pytest.raises(ValueError, match=f"no tensor for {key!r}, 1 such in all"):
+        AutoModel.from_pretrained(tmp_path)
+    assert not AutoModelForSequenceClassification.from_pretrained(tmp_path).get_parameter(f"bert.{key}").any()
+
+
+def test_every_layer_must_be_in_the_file(saved, tmp_path):
+    """A config that was changed to more layers would get them dense and at random."""
+    _, folder = saved
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_hidden_layers": 2 * config["num_hidden_layers"]}))
+    with pytest.raises(ValueError, match=r"no tensor for 'model\.layers\.3.* in config\.json"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("key", ["model.norm.weight", "model.layers.0.input_layernorm.weight", "lm_head.weight"])
+def test_a_damaged_name_in_the_file(saved, key):
+    """As one flipped bit in the header makes it: the tensor would be drawn anew, and the file's own ignored."""
+    _, folder = saved
+    damaged = key[:-1] + chr(ord(key[-1]) ^ 1)
+    rewrite(folder, lambda tensors: tensors.update({damaged: tensors.pop(key)}))
+    with pytest.raises(ValueError, match=f"no tensor for {key!r}.*one for {damaged!r}.*file is damaged"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_part_that_was_left_out_may_be_added(tmp_path):
+    """A pooler that the saved model was built without is new, as in a dense model, and said to be so."""
+    config = BertConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=61)
+    get_rps_model(BertModel(config, add_pooling_layer=False), RPSConfig(ratio=0.5)).save_pretrained(tmp_path)
+    assert BertModel.from_pretrained(tmp_path).pooler is not None
+    assert BertModel.from_pretrained(tmp_path, add_pooling_layer=False).pooler is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("init_std", 5), ("modules", 5), ("modules", [5]), ("modules", True), ("unused_modules", "x"), ("ratio", "x")],
+)
+def test_a_field_of_the_wrong_type(saved, field, value):
+    _, folder = saved
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"][field] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"RPSConfig|quantization_config|fingerprint|recorded module"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.slow

@@ -41,6 +41,13 @@ class RPSQuantizationConfig(QuantizationConfigMixin):
         self.save_id: str | None = settings.pop("save_id", None)
         self.modules: list[str] | None = settings.pop("modules", None)
         self.unused_modules: list[str] = settings.pop("unused_modules", None) or []
+        for name in ("modules", "unused_modules"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+                raise ValueError(
+                    f"quantization_config.{name} must be a list of strings, got {value!r}; restore the checkpoint's "
+                    f"config.json"
+                )
         unknown = sorted(set(settings) - set(_RPS_FIELDS))
         if unknown:
             raise ValueError(f"quantization_config has unknown fields {unknown}; known are {list(_RPS_FIELDS)}")

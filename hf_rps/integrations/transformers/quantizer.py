@@ -24,6 +24,7 @@ from hf_rps.integrations.transformers.quantization_config import FORMAT_VERSION,
 from hf_rps.integrations.transformers.weights_files import (
     check_files,
     check_gathered,
+    check_names,
     content_id,
     count_saved,
     drop_tied,
@@ -66,11 +67,12 @@ class RPSQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         weight_map = self.quantization_config.weight_map()
-        if checkpoint_files is not None:
-            check_files(checkpoint_files, self.quantization_config)
+        names = check_files(checkpoint_files, self.quantization_config) if checkpoint_files is not None else None
         layers = self._compressed_layers(model, weight_map)
         bank = next(iter(layers.values())).bank
         install(model, bank, layers)
+        if names is not None and _is_of_the_saved_class(model):
+            check_names(model, names, sentinel_key(model))
         sentinel = re.escape(sentinel_key(model).removeprefix(base_prefix(model)))
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, rf"(^|\.){sentinel}$"])
@@ -82,8 +84,7 @@ class RPSQuantizer(HfQuantizer):
         modules = dict(model.named_modules())
         found = {t.name: candidate_at(modules, module_name(t.name, prefix)) for t in weight_map.targets}
         missing = [name for name, found_one in found.items() if found_one is None and name not in config.unused_modules]
-        same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
-        if not any(found.values()) or (missing and same_class):
+        if not any(found.values()) or (missing and _is_of_the_saved_class(model)):
             absent = missing or list(found)
             raise ValueError(
                 f"the checkpoint shares the weights of {absent[0]!r} ({len(absent)} such in all), but "
@@ -165,6 +166,10 @@ def _arguments_of_save_pretrained() -> tuple[bool, dict[str, Tensor] | None]:
     if frame is None or frame.f_code.co_name != "save_pretrained":
         return True, None
     return frame.f_locals.get("is_main_process", True), frame.f_locals.get("state_dict")
+
+
+def _is_of_the_saved_class(model: nn.Module) -> bool:
+    return type(model).__name__ in (getattr(model.config, "architectures", None) or ())
 
 
 def _check_shape(model: nn.Module, candidate: Candidate, target: Target) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import uuid
 
 import torch
@@ -74,8 +75,11 @@ def content_id(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def check_files(files: list[str], config: RPSQuantizationConfig) -> None:
+def check_files(files: list[str], config: RPSQuantizationConfig) -> set[str]:
     """Refuse weights files that are truncated, foreign, incomplete or from another save than config.json.
+
+    Returns:
+        The names of their tensors.
 
     Raises:
         ValueError: Says which file is wrong, what is wrong with it and what to do.
@@ -109,3 +113,42 @@ def check_files(files: list[str], config: RPSQuantizationConfig) -> None:
         raise ValueError(f"the checkpoint holds {len(names)} tensors of {expected} in {len(files)} files. {remedy}")
     if list(arrays.values()) != [(config.m,)]:
         raise ValueError(f"the checkpoint needs one {BANK_NAME}.psi of shape {(config.m,)}, but has {arrays}. {remedy}")
+    return names
+
+
+def check_names(model: nn.Module, names: set[str], sentinel: str) -> None:
+    """Refuse files whose tensors are not those of ``model``, which is of the class that saved them.
+
+    A parameter without a tensor would be drawn at random. That can be meant (a pooler that the saved model was built
+    without), but not where the files have the same parameter of another layer, or a tensor that nothing in the model
+    is called after.
+
+    Args:
+        model: The model with its compressed layers, on whatever device.
+        names: Of the tensors in the files; ``sentinel`` is the empty one among them.
+
+    Raises:
+        ValueError: config.json was changed, or a name in a file is damaged.
+    """
+    made_elsewhere = {*(getattr(model, "all_tied_weights_keys", None) or {}), *(model._keys_to_ignore_on_save or ())}
+    patterns = tuple(model._keys_to_ignore_on_load_missing or ())
+    missing = [
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if name not in names | made_elsewhere and not any(re.search(pattern, name) for pattern in patterns)
+    ]
+    unexpected = names - {sentinel} - set(model.state_dict())
+    layers = {_without_index(name) for name in names}
+    lost = [name for name in missing if unexpected or _without_index(name) in layers]
+    if lost:
+        stray = f" (but one for {min(unexpected)!r}, which the model does not have)" if unexpected else ""
+        raise ValueError(
+            f"the checkpoint has no tensor for {lost[0]!r}, {len(lost)} such in all, which {type(model).__name__} "
+            f"would draw at random{stray}. Leave the sizes in config.json as they were; if they are, the file is "
+            f"damaged: load another checkpoint"
+        )
+
+
+def _without_index(name: str) -> str:
+    """A parameter's name without the numbers of its layers."""
+    return re.sub(r"(?<=[.])[0-9]+(?=[.])", "*", name)
