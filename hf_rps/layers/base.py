@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from hf_rps.layers.stand_in import WeightStandIn
@@ -106,8 +105,3 @@ class RPSLayer(nn.Module):
         """The tensors that this layer keeps beside psi and its bias."""
         kept = self.shared.matrix.kept_tensors()
         return kept + [tensor for product in self.shared.products for tensor in product.kept_tensors()]
-
-
-def cast_to_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in ``dtype`` where autocast is on; elsewhere a layer takes its input as it is."""
-    return x.to(dtype) if x.dtype != dtype and torch.is_autocast_enabled(x.device.type) else x

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hf_rps.layers.base import RPSLayer, cast_to_autocast
+from hf_rps.layers.base import RPSLayer
 from hf_rps.psi.bank import Bank
-from hf_rps.psi.weight import compute_dtype
+from hf_rps.psi.weight import cast_to_autocast, compute_dtype
 
 # what model code reads from a convolution
 _ATTRIBUTES = (

@@ -18,6 +18,11 @@ def compute_dtype(device: torch.device, default: torch.dtype) -> torch.dtype:
     return default
 
 
+def cast_to_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in ``dtype`` where autocast is on; elsewhere a layer takes its input as it is."""
+    return x.to(dtype) if x.dtype != dtype and torch.is_autocast_enabled(x.device.type) else x
+
+
 def takes_plain_path() -> bool:
     """True where custom autograd nodes can't be used: under torch.compile, torch.export and torch.func."""
     return torch.compiler.is_compiling() or internals.is_transformed()
@@ -45,8 +50,7 @@ class SharedWeight:
 
         x (..., in_features) is of that dtype, or is cast to it where autocast is on.
         """
-        if x.dtype != dtype and torch.is_autocast_enabled(x.device.type):
-            x = x.to(dtype)
+        x = cast_to_autocast(x, dtype)
         product = self.source.array.choose(self.products, x)
         if not takes_plain_path():
             psi, buffer = self.source.read(x.device, dtype)
