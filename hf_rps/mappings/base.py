@@ -158,7 +158,7 @@ class DeviceCopies:
 
 
 class SignedScale:
-    """Scale times sign of a matrix: (rows, 1) or, with a sign per weight, (rows, cols).
+    """Scale times sign of a matrix, in the shape of its signs: (rows,), (rows, 1) or, one per weight, (rows, cols).
 
     Of float32, or float64 where that is asked for: signs and scale must not be rounded to the compute dtype.
     """

@@ -99,10 +99,10 @@ class FoldMatrix(SharedMatrix):
         first, start = divmod(span.start, fold.m)
         shifts = tuple(fold.shifts[first : (span.stop - 1) // fold.m + 1])
         self.rotations = Rotations(fold.m, fold.base, start, shifts)
-        self._factor = SignedScale(scale, signs)
+        self._factor = SignedScale(scale, signs[:, 0])
 
     def factor(self, psi: Tensor) -> Tensor:
-        """Scale times sign, (rows, 1), where psi is; of float32, or float64 where psi is."""
+        """Scale times sign, (rows,), where psi is; of float32, or float64 where psi is."""
         return self._factor.on(psi.device, psi.dtype)
 
     def pieces(self, psi: Tensor) -> list[Tensor]:
@@ -115,10 +115,10 @@ class FoldMatrix(SharedMatrix):
 
     def weight(self, psi: Tensor) -> Tensor:
         unscaled = torch.cat(self.pieces(psi)).view(self.rows, self.cols)
-        return (unscaled * self.factor(psi)).to(psi.dtype)
+        return (unscaled * self.factor(psi)[:, None]).to(psi.dtype)
 
     def make(self, psi: Tensor, base: Tensor | None = None) -> Tensor:
-        factor, runs = self.factor(psi), self.layout.runs
+        factor, runs = self.factor(psi)[:, None], self.layout.runs
         weight = torch.empty(self.rows, self.cols, device=psi.device, dtype=psi.dtype if base is None else base.dtype)
         if base is not None:
             unscaled = torch.cat(self.pieces(psi)).view(self.rows, self.cols)
@@ -129,7 +129,7 @@ class FoldMatrix(SharedMatrix):
         return weight.mul_(factor)
 
     def add_adjoint(self, into: Tensor, gradient: Tensor) -> None:
-        factor, runs = self.factor(into), self.layout.runs
+        factor, runs = self.factor(into)[:, None], self.layout.runs
         if len(runs) == 1:
             self.block(into, self.rows, runs[0][0]).addcmul_(gradient, factor)
             return

@@ -43,8 +43,11 @@ class Views(Product):
     def linear(self, x: Tensor, psi: Tensor, bias: Tensor | None) -> Tensor:
         rows, cols = self.matrix.rows, self.matrix.cols
         y = x.new_empty(*x.shape[:-1], rows)  # (..., rows)
-        self._multiply(x.reshape(-1, cols), psi, y.view(-1, rows))
-        factor = self.matrix.factor(psi).view(-1)  # (rows,)
+        if x.dim() == 2:
+            self._multiply(x, psi, y)
+        else:
+            self._multiply(x.reshape(-1, cols), psi, y.view(-1, rows))
+        factor = self.matrix.factor(psi)
         return y.mul_(factor) if bias is None else torch.addcmul(bias, y, factor, out=y)
 
     def _multiply(self, x: Tensor, psi: Tensor, y: Tensor) -> None:
@@ -80,7 +83,7 @@ class Views(Product):
         return share * threads
 
     def gradients(self, gy: Tensor, x: Tensor, psi: Tensor, needs_x: bool, into: Tensor | None) -> Tensor | None:
-        scaled = (gy * self.matrix.factor(psi).view(-1)).to(gy.dtype)  # (tokens, rows)
+        scaled = (gy * self.matrix.factor(psi)).to(gy.dtype)  # (tokens, rows)
         gx = self._input_gradient(scaled, psi) if needs_x else None
         if into is not None:
             self._add_weight_gradient(into, scaled, x)
@@ -131,5 +134,5 @@ class Views(Product):
             split = x @ self._split_rows(psi).t()
             parts += [(row, split[..., i : i + 1]) for i, (row, _) in enumerate(layout.split)]
         y = torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])], dim=-1)  # (..., rows)
-        y = y * self.matrix.factor(psi).view(-1)
+        y = y * self.matrix.factor(psi)
         return (y if bias is None else y + bias).to(x.dtype)
