@@ -37,7 +37,7 @@ def convert(model: nn.Module, config: RPSSettings) -> Bank:
     first = candidates[0].stored
     bank = Bank(weight_map, config.grad_scaling, device=first.device, dtype=first.dtype)
     bank.psi.requires_grad_(any(c.stored.requires_grad for c in candidates))
-    initialise(bank.psi, weight_map, candidates, config.init_weights)
+    initialise(bank.psi, bank.array, candidates, config.init_weights)
     install(model, bank, stand_ins(bank, dict(zip([t.name for t in targets], candidates, strict=True))))
     return bank
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_rps.layers.kinds import Candidate
 from hf_rps.layers.stand_in import WeightStandIn
-from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.psi.array import SharedArray
 
 
 def check_weight(candidate: Candidate) -> None:
@@ -37,12 +37,13 @@ def _is_trained(weight: Tensor) -> bool:
 
 
 @torch.no_grad()
-def initialise(psi: Tensor, weight_map: WeightMap, candidates: list[Candidate], how: bool | str) -> None:
-    """Set psi (m,) from the dense weights; see ``init_weights`` of :class:`hf_rps.RPSConfig`.
+def initialise(psi: Tensor, array: SharedArray, candidates: list[Candidate], how: bool | str) -> None:
+    """Set psi (m,), that of ``array``, from the dense weights; see ``init_weights`` of :class:`hf_rps.RPSConfig`.
 
     "project" is the least-squares fit, R^T w over Gamma; "rescale" sums sign * w / scale over the root of the number
     of weights on a slot.
     """
+    weight_map = array.weight_map
     if how is False:
         nn.init.normal_(psi, std=weight_map.init_std)
         return
@@ -52,7 +53,7 @@ def initialise(psi: Tensor, weight_map: WeightMap, candidates: list[Candidate], 
     total = torch.zeros(weight_map.m, dtype=torch.promote_types(psi.dtype, torch.float32), device=psi.device)
     loads = torch.zeros_like(total)  # Gamma_j, or the number of weights on slot j
     for target, candidate in zip(weight_map.targets, candidates, strict=True):
-        matrix = weight_map.matrix(target.name)
+        matrix = array.matrices[target.name]
         square = 1.0 if how == "project" else weight_map.scale(target.name) ** 2
         matrix.add_adjoint(total, candidate.weight.to(total) / square)
         matrix.add_load(loads, 1 / square)

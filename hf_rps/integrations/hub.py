@@ -94,7 +94,8 @@ def push_to_hub(
     local = Path(model if saved else folder or tempfile.mkdtemp(prefix="hf_rps-")).expanduser().resolve()
     temporary = not saved and folder is None
     try:
-        has_card = card is not None or not _is_draft(_text(local)) or (saved and _text(local) is not None)
+        text = _text(local)
+        has_card = card is not None or not _is_draft(text) or (saved and text is not None)
         _save(None if saved else model, processing_class, card, local)
     except BaseException:
         if temporary:

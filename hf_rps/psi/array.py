@@ -41,12 +41,14 @@ class SharedArray:
         grad_scaling: "projection", "norm" or "none"; see :class:`hf_rps.RPSConfig`.
 
     Attributes:
+        matrices: By target, the matrices that read the array, each made once for all that use it.
         choose: Picks the product for an input; see :func:`hf_rps.products.base.choose`.
     """
 
     def __init__(self, weight_map: WeightMap, grad_scaling: str):
         self.weight_map = weight_map
-        self.divisor = Divisor(weight_map, grad_scaling)
+        self.matrices = {target.name: weight_map.matrix(target.name) for target in weight_map.targets}
+        self.divisor = Divisor(self.matrices.values(), weight_map.m, grad_scaling)
         self.passes = Passes()
         self.memory = GradientMemory()
         self.choose: Choice = choose

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from hf_rps import internals
-from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.mappings.base import SharedMatrix
 
 SCALINGS = ("projection", "norm", "none")
 _SHORT_PIECE = 4096  # mean piece of Gamma (slots) below which one array of divisors is cheaper than a pass per piece
@@ -18,15 +19,16 @@ class Divisor:
     """Gamma_j, the sum of squared scales of the weights on slot j ("projection"), its root ("norm"), or 1 ("none").
 
     Args:
-        weight_map: Whose Gamma.
+        matrices: All those that read the array, whose Gamma it is.
+        m: Its slots.
         scaling: One of SCALINGS; see ``grad_scaling`` of :class:`hf_rps.RPSConfig`.
     """
 
-    def __init__(self, weight_map: WeightMap, scaling: str):
-        self.m, self.scaling = weight_map.m, scaling
+    def __init__(self, matrices: Collection[SharedMatrix], m: int, scaling: str):
+        self.m, self.scaling = m, scaling
         # in pieces or, for mappings where it has none, slot by slot; made here, for compilers can't trace it
-        self._pieces = _load_pieces(weight_map)
-        self._gamma = None if self._pieces else load(weight_map)
+        self._pieces = _load_pieces(matrices, m)
+        self._gamma = None if self._pieces else load(matrices, m)
         self._kept: dict[tuple, Tensor | tuple[list[int], list[float]]] = {}
 
     def __getstate__(self):
@@ -77,11 +79,11 @@ class Divisor:
         return kept if self._gamma is None else [*kept, self._gamma]
 
 
-def _load_pieces(weight_map: WeightMap) -> list[tuple[int, float]]:
+def _load_pieces(matrices: Collection[SharedMatrix], m: int) -> list[tuple[int, float]]:
     """Gamma as (length, value) pieces that cover the m slots, or [] where some matrix has none."""
-    steps: dict[int, float] = {0: 0.0, weight_map.m: 0.0}
-    for target in weight_map.targets:
-        pieces = weight_map.matrix(target.name).load_pieces()
+    steps: dict[int, float] = {0: 0.0, m: 0.0}
+    for matrix in matrices:
+        pieces = matrix.load_pieces()
         if pieces is None:
             return []
         for slot, length, value in pieces:
@@ -94,9 +96,9 @@ def _load_pieces(weight_map: WeightMap) -> list[tuple[int, float]]:
     return result
 
 
-def load(weight_map: WeightMap) -> Tensor:
+def load(matrices: Collection[SharedMatrix], m: int) -> Tensor:
     """Gamma slot by slot, float64 (m,), on the CPU, from the matrices of any mapping."""
-    gamma = torch.zeros(weight_map.m, dtype=torch.float64, device="cpu")  # also while a model is built on meta
-    for target in weight_map.targets:
-        weight_map.matrix(target.name).add_load(gamma)
+    gamma = torch.zeros(m, dtype=torch.float64, device="cpu")  # also while a model is built on meta
+    for matrix in matrices:
+        matrix.add_load(gamma)
     return gamma

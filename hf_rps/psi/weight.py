@@ -40,9 +40,8 @@ class SharedWeight:
 
     def __init__(self, name: str, source: Source):
         self.name, self.source = name, source
-        weight_map = source.array.weight_map
-        self.target = weight_map.target(name)
-        self.matrix = weight_map.matrix(name)
+        self.target = source.array.weight_map.target(name)
+        self.matrix = source.array.matrices[name]
         self.products = products_of(self.matrix)
 
     def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

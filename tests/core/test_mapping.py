@@ -37,8 +37,9 @@ def test_layout_and_gamma_agree_with_slots(sharing, ratio):
         runs = weight_map.matrix(target.name).layout.runs
         flat = [slot for a, length in runs for slot in range(a, a + length)]
         assert weight_map.slots(target.name).ravel().tolist() == flat
-    np.testing.assert_allclose(load(weight_map).numpy(), definition.gamma(weight_map), rtol=1e-12)
-    divisor = Divisor(weight_map, "projection").tensor(torch.device("cpu"), torch.float64)
+    matrices = [weight_map.matrix(target.name) for target in TARGETS]
+    np.testing.assert_allclose(load(matrices, weight_map.m).numpy(), definition.gamma(weight_map), rtol=1e-12)
+    divisor = Divisor(matrices, weight_map.m, "projection").tensor(torch.device("cpu"), torch.float64)
     np.testing.assert_allclose(divisor.numpy(), definition.gamma(weight_map), rtol=1e-12)
 
 

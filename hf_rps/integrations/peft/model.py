@@ -242,7 +242,7 @@ def _initialise(source: AdapterSource, candidates: list[Candidate], config: RPSC
     elif any(candidate.stored is None for candidate in candidates):  # freed; the array will be loaded
         nn.init.normal_(source.psi, std=weight_map.init_std)
     else:
-        initialise(source.psi, weight_map, candidates, config.init_weights)
+        initialise(source.psi, source.array, candidates, config.init_weights)
 
 
 def register() -> None:
