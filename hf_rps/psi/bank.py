@@ -27,6 +27,7 @@ class ArrayOwner(nn.Module):
         super().__init__()
         self.array = SharedArray(weight_map, grad_scaling)
         self.psi_name = psi_name(weight_map.fingerprint)
+        self._sentinel_seen_in: list[str] | None = None
         self.register_parameter(self.psi_name, nn.Parameter(torch.empty(weight_map.m, device=device, dtype=dtype)))
 
     @property
@@ -61,29 +62,36 @@ class ArrayOwner(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         own, found = prefix + self.psi_name, psi_names(state_dict, prefix)
-        if own not in found and prefix + LEGACY_PSI in found and self._is_told_by_sentinel(state_dict):
+        if own not in found and prefix + LEGACY_PSI in found and self._sentinel_seen_in is errors:
             state_dict[own] = state_dict.pop(prefix + LEGACY_PSI)
             found = [own]
+        self._sentinel_seen_in = None
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if found and own not in found:
-            errors.append(self.refusal(found[0].removeprefix(prefix)))
+        others = [key for key in found if key != own]
+        if others:
+            errors.append(self.refusal(others[0].removeprefix(prefix)))
             missing[:] = [key for key in missing if key != own]
-            unexpected[:] = [key for key in unexpected if key not in found]
+            unexpected[:] = [key for key in unexpected if key not in others]
 
-    def _is_told_by_sentinel(self, state_dict) -> bool:
-        """True where an empty tensor, which older checkpoints hold in place of a weight, has the shape of this map."""
-        shape = self.weight_map.sentinel_shape()
-        return any(tuple(getattr(tensor, "shape", ())) == shape for tensor in state_dict.values())
+    def see_sentinel(self, errors: list[str]) -> None:
+        """Note that the state dict that is being loaded has this map's sentinel, which tells of an array that is named
+        as in older formats. ``errors`` is the list of the one call of load_state_dict, and so stands for it."""
+        self._sentinel_seen_in = errors
 
     def refusal(self, name: str) -> str:
         """Why an array called ``name`` can't be this bank's, and what to do."""
-        whose = "no map that it names" if name == LEGACY_PSI else f"the map {name.removeprefix('psi_')}"
+        if name == LEGACY_PSI:
+            return (
+                f"the shared array {name!r}, written by an older version of hf_rps, does not name its map, and nothing "
+                f"beside it tells whether it is this model's, {self.weight_map.fingerprint}. Load the checkpoint with "
+                f"from_pretrained; or, if you know that it is, call the array {self.psi_name!r} in the state dict"
+            )
         return (
-            f"the shared array {name!r} belongs to {whose}, and this model has the map {self.psi_name[4:]} (the first "
-            f"digits of {self.weight_map.fingerprint}), so its numbers would be read in the wrong places. The map "
-            f"depends on the weights that a model had when it was compressed, not on its RPSConfig alone. Load the "
-            f"checkpoint with from_pretrained; or compress the model that is to load it with the map of the saved one, "
-            f"get_rps_model(model, hf_rps.get_rps_config(saved_model))"
+            f"the shared array {name!r} belongs to the map {name.removeprefix('psi_')}, and this model has the map "
+            f"{self.psi_name.removeprefix('psi_')} (the first digits of {self.weight_map.fingerprint}), so its numbers "
+            f"would be read in the wrong places. The map depends on the weights that a model had when it was "
+            f"compressed, not on its RPSConfig alone. Load the checkpoint with from_pretrained; or compress the model "
+            f"that is to load it to the map of the saved one: get_rps_model(model, hf_rps.get_rps_config(saved_model))"
         )
 
     def extra_repr(self) -> str:

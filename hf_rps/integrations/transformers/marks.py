@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
 from hf_rps.integrations.model_card import TAGS
@@ -19,13 +20,14 @@ _MARKS = (*_RESTORED, "hf_quantizer", "gather_sharded_state_dict_for_save", "qua
 
 
 def is_transformers_model(model: nn.Module) -> bool:
-    """True for models that save themselves by a config."""
-    return hasattr(model, "config") and hasattr(model, "save_pretrained")
+    """True for models that save themselves by a config (a SentenceTransformer, which has both, saves its parts)."""
+    return isinstance(model, PreTrainedModel)
 
 
 def is_marked(model: nn.Module) -> bool:
     """True for a model that carries the marks of a compressed one, whether or not it is."""
-    return _OWN in model.__dict__ or is_recorded(getattr(model, "config", None))
+    config = getattr(model, "config", None)
+    return _OWN in model.__dict__ or any(is_recorded(c) for c in (config, *_sub_configs(config)))
 
 
 def is_recorded(config) -> bool:
@@ -33,6 +35,10 @@ def is_recorded(config) -> bool:
     record = getattr(config, "quantization_config", None)
     method = record.get("quant_method") if isinstance(record, dict) else getattr(record, "quant_method", None)
     return method == "rps"
+
+
+def _sub_configs(config) -> list:
+    return [getattr(config, key, None) for key in getattr(config, "sub_configs", None) or ()]
 
 
 def mark(model: nn.Module, quantizer: HfQuantizer) -> None:
@@ -64,7 +70,7 @@ def unmark(model: nn.Module) -> None:
             owner.__dict__.pop(name, None)
         for name, value in own.items():
             setattr(owner, name, value)
-        if is_recorded(owner.config):
+        if any(is_recorded(config) for config in (owner.config, *_sub_configs(owner.config))):
             own_config(owner)
             for name in ("quantization_config", "_is_quantized"):
                 owner.config.__dict__.pop(name, None)
@@ -86,9 +92,9 @@ def own_config(model: nn.Module) -> None:
         if held is not None and id(held) in copies:
             module.config = copies[id(held)]
     model.config = model.__dict__[_CONFIG] = config
-    for key in getattr(config, "sub_configs", None) or ():
-        if is_recorded(getattr(config, key, None)):
-            del getattr(config, key).quantization_config
+    for part in _sub_configs(config):
+        if is_recorded(part):
+            del part.quantization_config
 
 
 def _keep_state(model: nn.Module, state: dict[str, Tensor], *args, **kwargs) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ the id of the save it belongs to. A checkpoint loads only if all of it fits toge
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from typing import NamedTuple
@@ -191,16 +192,25 @@ def _check_loaded(model: nn.Module, bank: Bank) -> None:
         return
     key = psi_key(model, bank)
     if not getattr(bank.psi, "_is_hf_initialized", False):
+        others = [name.rpartition(".")[2] for name in _given_state_dict() if is_psi_key(name)]
         raise ValueError(
-            f"the checkpoint has no shared array {key} of {bank.weight_map.m} numbers, which belongs to the map "
-            f"{bank.weight_map.fingerprint} of its config: it is incomplete, or belongs to another model, whose array "
-            f"is called after another map. Use the config and the weights of one model"
+            f"the checkpoint has no shared array {key} of {bank.weight_map.m} numbers, as its config records it: "
+            + (bank.refusal(others[0]) if others else "it is incomplete, or belongs to another model")
         )
     if not torch.isfinite(bank.psi).all():
         raise ValueError(
             f"the shared array {key} of the checkpoint holds values that are not finite; training diverged or the file "
             f"is damaged. Load an earlier checkpoint"
         )
+
+
+def _given_state_dict() -> dict[str, Tensor]:
+    """The ``state_dict`` that the running from_pretrained was given, of which transformers tells a quantizer nothing;
+    for an error's text only."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "from_pretrained":
+        frame = frame.f_back
+    return (None if frame is None else frame.f_locals.get("state_dict")) or {}
 
 
 def _is_of_the_saved_class(model: nn.Module) -> bool:
@@ -297,8 +307,8 @@ def prepare_to_save(model: nn.Module) -> None:
     if outside is not None:
         raise ValueError(
             f"this {type(model).__name__} can't be saved by itself: {outside!r} reads a shared array that belongs to "
-            f"the model around it. Save that model; or compress this part by itself, get_rps_model(part, config), so that "
-            f"it has an array of its own; or save it dense, after hf_rps.to_dense on the whole model"
+            f"the model around it. Save that model; or compress this part by itself, get_rps_model(part, config), so "
+            f"that it has an array of its own; or save it dense, after hf_rps.to_dense on the whole model"
         )
     if banks:
         mark_whole(model)

@@ -57,8 +57,8 @@ def _saving_elsewhere(original):
             raise ValueError(
                 f"this {type(self).__name__} holds weights that are compressed by hf_rps, and the from_pretrained of "
                 f"{ModelHubMixin.__name__} would build it dense and fill them with random numbers. Save its "
-                f"transformers models by themselves (model.part.save_pretrained); or save the state dict, and the map beside it "
-                f"(hf_rps.get_rps_config(model).save_pretrained); or call hf_rps.to_dense(model) first"
+                f"transformers models by themselves (model.part.save_pretrained); or save the state dict, and the map "
+                f"beside it (hf_rps.get_rps_config(model).save_pretrained); or call hf_rps.to_dense(model) first"
             )
         return original(self, *args, **kwargs)
 
