@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from hf_rps.config import RPSSettings
+from hf_rps.freezing import check_frozen, watch_freezing
 from hf_rps.initial import check_weight, initial_std, initialise
 from hf_rps.layers.base import RPSLayer
 from hf_rps.layers.kinds import Candidate
@@ -32,6 +33,7 @@ def convert(model: nn.Module, config: RPSSettings) -> Bank:
     prefix = base_prefix(model)
     for candidate in candidates:
         check_weight(candidate)
+    check_frozen(candidates)
     targets = [Target(map_name(c.full_name, prefix), *c.weight.shape, std=initial_std(c.weight)) for c in candidates]
     weight_map = config.weight_map(targets)
     first = candidates[0].stored
@@ -64,6 +66,7 @@ def install(model: nn.Module, bank: Bank, replacements: dict[str, nn.Module]) ->
     replace_modules(model, replacements)
     base.add_module(BANK_NAME, bank)
     watch_passes(model, bank.array.passes)
+    watch_freezing(model, bank)
 
 
 def watch_passes(model: nn.Module, passes: Passes) -> None:
