@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from hf_rps.config import RPSSettings
+from hf_rps.freezing import check_frozen, watch_freezing
 from hf_rps.initial import check_weights, initial_std, initialise
 from hf_rps.layers.base import RPSLayer
 from hf_rps.layers.kinds import Candidate
@@ -85,6 +86,7 @@ def fit(model: nn.Module, config: RPSSettings, candidates: list[Candidate] | Non
         check_weights(candidates)
         chosen = {map_name(c.full_name, prefix): c for c in candidates}
         targets = [Target(name, *c.weight.shape, std=initial_std(c.weight)) for name, c in chosen.items()]
+    check_frozen([*chosen.values()])
     weight_map = config.weight_map(targets)
     first = next(iter(chosen.values())).stored
     bank = Bank(weight_map, config.grad_scaling, device=first.device, dtype=first.dtype)
@@ -123,6 +125,7 @@ def install(model: nn.Module, bank: Bank, replacements: dict[str, nn.Module], ow
     replace_modules(model, replacements)
     (base_model_of(model) if owner is None else owner).add_module(BANK_NAME, bank)
     watch_passes(model, bank.array.passes)
+    watch_freezing(model, bank)
 
 
 def watch_passes(model: nn.Module, passes: Passes) -> None:

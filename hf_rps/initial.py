@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from hf_rps.layers.kinds import Candidate
 from hf_rps.layers.stand_in import WeightStandIn
 from hf_rps.psi.array import SharedArray
+from hf_rps.trained import looks_trained
+
+logger = logging.getLogger(__name__)
 
 
 def check_weights(candidates: Iterable[Candidate]) -> None:
@@ -38,9 +42,24 @@ def initial_std(weight: Tensor) -> float:
     return float(f"{std or 1 / math.sqrt(weight.shape[1]):.3g}")
 
 
-def _is_trained(weight: Tensor) -> bool:
-    """True for weights that come from a checkpoint, or from another adapter, rather than from random initialisation."""
-    return isinstance(weight, WeightStandIn) or getattr(weight, "_is_hf_initialized", False)
+def choose_start(candidates: list[Candidate]) -> str:
+    """What ``init_weights=True`` means for these weights: "project" where more than half of them look trained.
+
+    It goes by their numbers alone (:mod:`hf_rps.trained`), so the same weights start the same, whether they were
+    loaded, copied or trained here. The weight of an earlier adapter counts as trained.
+    """
+    total = sum(c.weight.numel() for c in candidates)
+    trained = sum(
+        c.weight.numel() for c in candidates if isinstance(c.stored, WeightStandIn) or looks_trained(c.weight)
+    )
+    how = "project" if 2 * trained > total else "rescale"
+    logger.info(
+        "%.0f %% of the targeted weights look trained (the others as an initialiser leaves them), so the shared array "
+        "starts from init_weights=%r; set init_weights to 'project' or 'rescale' to decide it yourself",
+        100 * trained / total,
+        how,
+    )
+    return how
 
 
 @torch.no_grad()
@@ -49,15 +68,15 @@ def initialise(psi: Tensor, array: SharedArray, candidates: dict[str, Candidate]
     :class:`hf_rps.RPSConfig`.
 
     "project" is the least-squares fit, R^T w over Gamma; "rescale" sums sign * w / scale over the root of the number
-    of weights on a slot.
+    of weights on a slot. ``array.started`` records which it was.
     """
     weight_map = array.weight_map
+    if how is True:
+        how = choose_start([*candidates.values()])
+    array.started = how
     if how is False:
         nn.init.normal_(psi, std=weight_map.init_std)
         return
-    if how is True:
-        loaded = sum(c.weight.numel() for c in candidates.values() if _is_trained(c.stored))
-        how = "project" if 2 * loaded > weight_map.n else "rescale"
     total = torch.zeros(weight_map.m, dtype=torch.promote_types(psi.dtype, torch.float32), device=psi.device)
     loads = torch.zeros_like(total)  # Gamma_j, or the number of weights on slot j
     for name, candidate in candidates.items():

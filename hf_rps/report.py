@@ -18,6 +18,8 @@ class SizeReport:
         m: Numbers stored in their place.
         dense_parameters, parameters: All parameters, dense and now.
         dense_bytes, bytes: Bytes of all parameters, dense and now.
+        init_weights: Where the shared array started: "project", "rescale" or False, see :class:`hf_rps.RPSConfig`. None
+            where that is not known (a loaded checkpoint) or there is no such array (a dense model).
     """
 
     n: int
@@ -26,6 +28,7 @@ class SizeReport:
     parameters: int
     dense_bytes: int
     bytes: int
+    init_weights: bool | str | None = None
 
     def __str__(self) -> str:
         rows = [
@@ -35,6 +38,8 @@ class SizeReport:
         ]
         lines = [f"{'':<18}{'dense':>16}{'now':>16}{'ratio':>9}"]
         lines += [f"{name:<18}{dense:>16,}{now:>16,}{now / dense if dense else 1:>9.4f}" for name, dense, now in rows]
+        if self.init_weights is not None:
+            lines.append(f"init_weights: {self.init_weights}")
         return "\n".join(lines)
 
 
@@ -44,11 +49,12 @@ def size_report(model: nn.Module) -> SizeReport:
     Raises:
         ValueError: The model carries PEFT adapters, which PEFT counts.
 
-    >>> print(SizeReport(1000, 100, 1500, 600, 6000, 2400))
+    >>> print(SizeReport(1000, 100, 1500, 600, 6000, 2400, "project"))
                                  dense             now    ratio
     targeted weights             1,000             100   0.1000
     all parameters               1,500             600   0.4000
     bytes                        6,000           2,400   0.4000
+    init_weights: project
     """
     if hasattr(model, "peft_config"):
         raise ValueError("this model carries PEFT adapters; call its print_trainable_parameters() for their sizes")
@@ -57,4 +63,6 @@ def size_report(model: nn.Module) -> SizeReport:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     n, m = sum(bank.weight_map.n for bank in banks), sum(bank.weight_map.m for bank in banks)
     more = sum((bank.weight_map.n - bank.weight_map.m) * bank.psi.element_size() for bank in banks)
-    return SizeReport(n, m, parameters - m + n, parameters, size + more, size)
+    starts = list(dict.fromkeys(bank.array.started for bank in banks))
+    started = starts[0] if len(starts) == 1 else ", ".join(map(str, starts)) or None
+    return SizeReport(n, m, parameters - m + n, parameters, size + more, size, started)

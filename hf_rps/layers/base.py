@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import NoReturn
 
 from torch import Tensor, nn
 
-from hf_rps.layers.stand_in import WeightStandIn
+from hf_rps.layers.initialisers import is_initialiser
+from hf_rps.layers.stand_in import FREEZE_REMEDY, WeightStandIn
 from hf_rps.psi.bank import Bank
 from hf_rps.psi.weight import SharedWeight
 
@@ -20,6 +22,35 @@ def refuse_data_parallel() -> NoReturn:
     )
 
 
+def _refuse(what: str, name: str) -> NoReturn:
+    """Raise where something needs a parameter in the place of the shared weight of the layer ``name``."""
+    raise RuntimeError(
+        f"{what} the weight of {name!r}: it is made from a shared array and is no parameter. Call "
+        f"hf_rps.to_dense(model) first, which makes it one"
+    )
+
+
+class OwnParameters(dict):
+    """``_parameters`` of a layer, among which the shared weight is not: who takes it for one of them gets a message.
+
+    torch's old weight_norm deletes it from here, spectral_norm reads it here.
+    """
+
+    def __init__(self, layer: str, shared: str):
+        super().__init__()
+        self.layer, self.shared = layer, shared
+
+    def __missing__(self, key: str) -> NoReturn:
+        if key == self.shared:
+            _refuse("can't reparametrise", self.layer)
+        raise KeyError(key)
+
+    def __delitem__(self, key: str) -> None:
+        if key == self.shared and key not in self:
+            _refuse("can't reparametrise", self.layer)
+        super().__delitem__(key)
+
+
 class RPSLayer(nn.Module):
     """A layer whose weight is a slice of the shared array of ``bank``; a base class.
 
@@ -29,13 +60,20 @@ class RPSLayer(nn.Module):
         dense: The layer that this one replaces. Its bias is taken over; the module itself is kept, emptied of its
             parameters, so that :meth:`to_dense` can give back the very same kind of layer.
         parameter: Name of the parameter of ``dense`` that is shared.
+
+    Attributes:
+        watched: Whether the parameters around this layer were trainable when it was put in place; that they are frozen
+            is noticed then (:mod:`hf_rps.freezing`).
+        stays_trained: Whether :meth:`requires_grad_` has said that the weight is trained whatever is frozen around it.
     """
 
     weight_shape: tuple[int, ...]  # of the weight as the dense layer stores it
+    watched = stays_trained = False
 
     def __init__(self, name: str, bank: Bank, dense: nn.Module, parameter: str = "weight"):
         super().__init__()
         self.name, self.parameter = name, parameter
+        self.__dict__["_parameters"] = OwnParameters(name, parameter)
         self.bias = getattr(dense, "bias", None)
         self.training = dense.training
         # an emptied copy, so that the dense module itself stays whole until the whole conversion has succeeded
@@ -68,10 +106,55 @@ class RPSLayer(nn.Module):
             f"bank's psi), or call hf_rps.to_dense(model) first"
         )
 
+    @weight.deleter
+    def weight(self) -> None:
+        _refuse("can't delete", self.name)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight":
             type(self).weight.fset(self, param)  # raises
+        if name == f"{self.parameter}_orig":  # of torch.nn.utils.prune
+            _refuse("can't reparametrise or prune", self.name)
         super().register_parameter(name, param)
+
+    def requires_grad_(self, requires_grad: bool = True) -> RPSLayer:
+        """Freeze or unfreeze the bias. The weight follows psi, so it must be trained, or frozen, already.
+
+        Raises:
+            RuntimeError: psi is trained and the layer was to be frozen, or the other way round.
+        """
+        trained = self.bank.psi.requires_grad
+        if trained and not requires_grad:
+            raise RuntimeError(
+                f"can't freeze {self.name!r}: its weight is a slice of the shared array, which is trained. "
+                f"{FREEZE_REMEDY}"
+            )
+        if requires_grad and not trained:
+            raise RuntimeError(
+                f"can't unfreeze {self.name!r} by itself: its weight is a slice of the shared array, which is frozen. "
+                f"Unfreeze the array for all layers (the psi of layer.bank, or model.requires_grad_(True))"
+            )
+        self.stays_trained = requires_grad
+        return super().requires_grad_(requires_grad)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> RPSLayer:
+        """Call ``fn`` with this layer, as torch does, unless it is an initialiser, which would change nothing here.
+
+        Raises:
+            RuntimeError: ``fn`` is an initialiser of weights by its name or its code.
+        """
+        if is_initialiser(fn):
+            what = getattr(fn, "__qualname__", None) or repr(fn)
+            raise RuntimeError(
+                f"apply({what}) would not initialise {self.name!r}, whose weight is made from a shared array; modules "
+                f"before it may be initialised by now. Call hf_rps.to_dense(model), initialise, and compress again, or "
+                f"draw the array itself: get_rps_model(..., RPSConfig(init_weights=False))"
+            )
+        return super().apply(fn)
+
+    def reset_parameters(self) -> NoReturn:
+        """Raise: a layer can't be drawn anew by itself."""
+        _refuse("can't draw anew", self.name)
 
     def to_dense(self) -> nn.Module:
         """A layer of the replaced kind with the same weight, in memory of its own, and the same bias."""
@@ -102,6 +185,10 @@ class RPSLayer(nn.Module):
 
     def _replicate_for_data_parallel(self):
         refuse_data_parallel()
+
+    def extra_repr(self) -> str:
+        """What torch's messages print of a layer in which they miss a parameter (parametrize, weight_norm)."""
+        return f"{self.parameter} shared, no parameter (hf_rps.to_dense makes it one)"
 
     def kept_tensors(self) -> list[Tensor]:
         """The tensors that this layer keeps beside psi and its bias."""

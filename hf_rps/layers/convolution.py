@@ -38,4 +38,4 @@ class RPSConv(RPSLayer):
 
     def extra_repr(self) -> str:
         values = [f"{name}={getattr(self, name)!r}" for name in _ATTRIBUTES]
-        return ", ".join([*values, f"bias={self.bias is not None}"])
+        return ", ".join([*values, f"bias={self.bias is not None}", super().extra_repr()])

@@ -24,7 +24,8 @@ class RPSLinear(RPSLayer):
         return self.shared.linear(x, self.bias, compute_dtype(x.device, self.bank.psi.dtype))
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {super().extra_repr()}"
 
 
 class RPSTransposedLinear(RPSLinear):

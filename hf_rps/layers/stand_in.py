@@ -15,6 +15,11 @@ _REMEDY = (
     "this weight is made from a shared array and is not stored, so the change would be lost. Change the array (its "
     "bank's psi), or call hf_rps.to_dense(model) first"
 )
+FREEZE_REMEDY = (
+    "Some compressed layers can't be frozen while others are trained. Leave the frozen ones out of the compression "
+    "(RPSConfig(exclude_modules=[...]), after hf_rps.to_dense(model) if it is done: they stay dense and frozen), "
+    "compress the trained part by itself (get_rps_model(model.part, ...)), or freeze all (model.requires_grad_(False))"
+)
 
 
 class WeightStandIn(Tensor):
@@ -105,6 +110,8 @@ def _refuse_gradient(gradient: Tensor) -> None:
 def _refuse_writes(function, args: tuple, kwargs: dict) -> None:
     """Raise where ``function`` would write to a stand-in, or watch it: it is made anew on every use."""
     name = getattr(function, "__name__", "")
+    if function in _FREEZES:
+        raise RuntimeError(f"{_WRITES[function]} the weight of a compressed layer: {_REMEDY}. {FREEZE_REMEDY}")
     if function in _WRITES:
         raise RuntimeError(f"{_WRITES[function]} the weight of a compressed layer: {_REMEDY}")
     in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
@@ -143,6 +150,7 @@ _WRITES = {
     Tensor.__setitem__: "assigned to items of",
     Tensor.set_: "called set_ on",
 }
+_FREEZES = frozenset({Tensor.requires_grad.__set__, Tensor.requires_grad_})
 _IN_PLACE = frozenset(
     f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift",
                                 "rshift", "matmul")

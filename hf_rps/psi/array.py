@@ -43,6 +43,8 @@ class SharedArray:
     Attributes:
         matrices: By target, the matrices that read the array, each made once for all that use it.
         choose: Picks the product for an input; see :func:`hf_rps.products.base.choose`.
+        started: Where psi started: "project", "rescale" or False, as ``init_weights`` of :class:`hf_rps.RPSConfig`;
+            None where it was loaded.
     """
 
     def __init__(self, weight_map: WeightMap, grad_scaling: str):
@@ -52,6 +54,7 @@ class SharedArray:
         self.passes = Passes()
         self.memory = GradientMemory()
         self.choose: Choice = choose
+        self.started: bool | str | None = None
 
     def read(
         self, psi: nn.Parameter, device: torch.device, dtype: torch.dtype, call_owner: Callable[..., Reading]

@@ -51,10 +51,14 @@ class Passes:
 
     psi is cast to the compute dtype, and copied to each device that layers live on, once per pass. Layers called
     outside any pass get a reading of their own per call, which is as right and slower.
+
+    Attributes:
+        before: Called with the module that opens a pass, before it does.
     """
 
     def __init__(self):
         self._handles: list = []
+        self.before: Callable[[nn.Module], None] | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -63,7 +67,7 @@ class Passes:
         self._recomputation: tuple[int, dict] = (-1, {})  # readings made inside this backward pass
 
     def __getstate__(self):
-        return {"_handles": self._handles}
+        return {"_handles": self._handles, "before": self.before}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -84,6 +88,8 @@ class Passes:
             return
         # an opener that is called anew was never closed (its pass may have ended inside compiled code)
         if getattr(self._open_here, "opener", None) in (None, module):
+            if self.before is not None:
+                self.before(module)
             self._open_here.opener, self._open_here.readings = module, {}
             ddp = internals.active_ddp()
             self._ddp = None if ddp is None else weakref.ref(ddp)

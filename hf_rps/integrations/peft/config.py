@@ -53,11 +53,12 @@ class RPSConfig(RPSSettings, PeftConfig):
             standard deviations times (m / n)**(1/3), with which a dense recipe's learning rate (AdamW) carries over;
             with ``mode="delta"`` ten times sqrt(m / n), so that the rates usual for adapters (AdamW, 1e-3) suit. Not a
             knob to tune; it exists to reproduce the paper's sweep, and configs of saved models record what it was.
-        init_weights: Where the shared array starts. True (default): "project" for weights loaded from a checkpoint,
-            "rescale" for randomly initialised ones. "project": the least-squares fit, sum(scale sign w) / Gamma_j.
-            "rescale": sum(sign w / scale) / sqrt(count_j), which keeps every module's own std. Both are exact
-            at ratio 1. False: independent draws from N(0, C**2) of torch's generator. With ``mode="delta"`` True is
-            zero and False is draws.
+        init_weights: Where the shared array starts. True (default): "project" if more than half of the targeted weights
+            look trained, "rescale" if they are as an initialiser leaves them. Their numbers decide it, not where they
+            came from; it is logged, and size_report says which it was. "project": the least-squares fit,
+            sum(scale sign w) / Gamma_j. "rescale": sum(sign w / scale) / sqrt(count_j), which keeps every module's own
+            std. Both are exact at ratio 1. False: independent draws from N(0, C**2) of torch's generator. With
+            ``mode="delta"`` True is zero and False is draws.
         modules, fingerprint: The map, recorded in the config of a PEFT adapter when it is made and checked when it is
             loaded, and in what :func:`hf_rps.get_rps_config` returns. Leave them out.
 
