@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from hf_rps.config import RPSSettings
-from hf_rps.initial import check_weight, initial_std, initialise
+from hf_rps.initial import array_dtype, check_weight, initial_std, initialise
 from hf_rps.layers.base import RPSLayer
 from hf_rps.layers.kinds import Candidate
 from hf_rps.mappings.base import Target
@@ -34,8 +34,8 @@ def convert(model: nn.Module, config: RPSSettings) -> Bank:
         check_weight(candidate)
     targets = [Target(map_name(c.full_name, prefix), *c.weight.shape, std=initial_std(c.weight)) for c in candidates]
     weight_map = config.weight_map(targets)
-    first = candidates[0].stored
-    bank = Bank(weight_map, config.grad_scaling, device=first.device, dtype=first.dtype)
+    device = candidates[0].stored.device
+    bank = Bank(weight_map, config.grad_scaling, device=device, dtype=array_dtype(candidates))
     bank.psi.requires_grad_(any(c.stored.requires_grad for c in candidates))
     initialise(bank.psi, bank.array, candidates, config.init_weights)
     install(model, bank, stand_ins(bank, dict(zip([t.name for t in targets], candidates, strict=True))))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_rps.conversion import find_bank
+from hf_rps.layers.base import RPSLayer
 
 
 @dataclass(frozen=True)
@@ -58,4 +59,6 @@ def size_report(model: nn.Module) -> SizeReport:
     if bank is None:
         return SizeReport(0, 0, parameters, parameters, size, size)
     n, m, element = bank.weight_map.n, bank.weight_map.m, bank.psi.element_size()
-    return SizeReport(n, m, parameters - m + n, parameters, size + (n - m) * element, size)
+    layers = {module for module in model.modules() if isinstance(module, RPSLayer)}
+    narrower = sum(layer.shared.target.numel * (element - layer.weight_dtype.itemsize) for layer in layers)
+    return SizeReport(n, m, parameters - m + n, parameters, size + (n - m) * element - narrower, size)

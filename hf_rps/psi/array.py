@@ -43,6 +43,7 @@ class SharedArray:
     Attributes:
         matrices: By target, the matrices that read the array, each made once for all that use it.
         choose: Picks the product for an input; see :func:`hf_rps.products.base.choose`.
+        dtype: Of psi, as the layers that know the dtypes of their weights have left it; None without such layers.
     """
 
     def __init__(self, weight_map: WeightMap, grad_scaling: str):
@@ -52,6 +53,7 @@ class SharedArray:
         self.passes = Passes()
         self.memory = GradientMemory()
         self.choose: Choice = choose
+        self.dtype: torch.dtype | None = None
 
     def read(
         self, psi: nn.Parameter, device: torch.device, dtype: torch.dtype, call_owner: Callable[..., Reading]

@@ -19,6 +19,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from hf_rps.config import RPSSettings
 from hf_rps.conversion import convert, find_bank, install, revert, stand_ins
+from hf_rps.initial import array_dtype
+from hf_rps.integrations.transformers.dtypes import apply_dtype_plan
 from hf_rps.integrations.transformers.marks import is_transformers_model, mark, unmark
 from hf_rps.integrations.transformers.quantization_config import FORMAT_VERSION, RPSQuantizationConfig
 from hf_rps.integrations.transformers.weights_files import (
@@ -98,7 +100,8 @@ class RPSQuantizer(HfQuantizer):
         candidates = {name: candidate for name, candidate in found.items() if candidate is not None}
         for name, candidate in candidates.items():
             _check_shape(model, candidate, weight_map.target(name))
-        bank = Bank(weight_map, config.rps.grad_scaling, device="meta", dtype=_target_dtype(model))
+        apply_dtype_plan(model, candidates.values())
+        bank = Bank(weight_map, config.rps.grad_scaling, device="meta", dtype=array_dtype(candidates.values()))
         return stand_ins(bank, candidates)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -192,10 +195,6 @@ def sentinel_key(model: nn.Module) -> str:
     layer = next(module for module in model.modules() if isinstance(module, RPSLayer))
     # by the map: wrappers change the modules' names
     return weight_key(layer.name, layer.parameter, base_prefix(model))
-
-
-def _target_dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def _align(model: nn.Module) -> None:
