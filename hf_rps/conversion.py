@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_rps.config import RPSSettings
 from hf_rps.freezing import check_frozen, watch_freezing
-from hf_rps.initial import check_weights, initial_std, initialise
+from hf_rps.initial import array_dtype, check_weights, initial_std, initialise
 from hf_rps.layers.base import RPSLayer
 from hf_rps.layers.kinds import Candidate
 from hf_rps.mappings.base import Target
@@ -88,8 +88,8 @@ def fit(model: nn.Module, config: RPSSettings, candidates: list[Candidate] | Non
         targets = [Target(name, *c.weight.shape, std=initial_std(c.weight)) for name, c in chosen.items()]
     check_frozen([*chosen.values()])
     weight_map = config.weight_map(targets)
-    first = next(iter(chosen.values())).stored
-    bank = Bank(weight_map, config.grad_scaling, device=first.device, dtype=first.dtype)
+    device = next(iter(chosen.values())).stored.device
+    bank = Bank(weight_map, config.grad_scaling, device=device, dtype=array_dtype(chosen.values()))
     bank.settings = copy.deepcopy(config)
     bank.psi.requires_grad_(any(c.stored.requires_grad for c in chosen.values()))
     initialise(bank.psi, bank.array, chosen, config.init_weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Iterable
@@ -34,6 +35,11 @@ def check_weight(candidate: Candidate) -> None:
     if weight.numel() == 0 or not torch.isfinite(weight).all():
         what = "is empty" if weight.numel() == 0 else "holds values that are not finite"
         raise ValueError(f"the weight of {candidate.name!r} {what}; leave it out with exclude_modules, or repair it")
+
+
+def array_dtype(candidates: Iterable[Candidate]) -> torch.dtype:
+    """The narrowest dtype of a shared array that holds the weights of all ``candidates`` in theirs."""
+    return functools.reduce(torch.promote_types, (candidate.stored.dtype for candidate in candidates))
 
 
 def initial_std(weight: Tensor) -> float:

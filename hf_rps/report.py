@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_rps.conversion import find_banks
+from hf_rps.conversion import find_banks, shared_layers
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ def size_report(model: nn.Module) -> SizeReport:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     n, m = sum(bank.weight_map.n for bank in banks), sum(bank.weight_map.m for bank in banks)
     more = sum((bank.weight_map.n - bank.weight_map.m) * bank.psi.element_size() for bank in banks)
+    for layer in {*shared_layers(model).values()}:  # a dense weight may be narrower than the array
+        more -= layer.shared.target.numel * (layer.bank.psi.element_size() - layer.weight_dtype.itemsize)
     starts = list(dict.fromkeys(bank.array.started for bank in banks))
     started = starts[0] if len(starts) == 1 else ", ".join(map(str, starts)) or None
     return SizeReport(n, m, parameters - m + n, parameters, size + more, size, started)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from hf_rps.layers.initialisers import is_initialiser
@@ -81,6 +82,7 @@ class RPSLayer(nn.Module):
         shell._parameters = dict.fromkeys(dense._parameters)
         self.__dict__["_shell"] = shell
         self.shared = SharedWeight(name, bank)
+        self._set_weight_dtype(getattr(dense, parameter).dtype)
 
     @property
     def bank(self) -> Bank:
@@ -91,13 +93,45 @@ class RPSLayer(nn.Module):
         return weight.view(self.weight_shape)
 
     def dense_weight(self) -> Tensor:
-        """W as the dense layer stores it, of ``weight_shape``. Differentiable."""
-        return self.as_stored(self.shared.dense())
+        """W as the dense layer stores it, of ``weight_shape`` and ``weight_dtype``. Differentiable."""
+        return self.as_stored(self.shared.dense(self.weight_dtype))
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype that the dense weight has: psi's, or a narrower one where psi serves wider weights, too.
+
+        Casts of the model or of this layer change it as they would change the dense weight's. The forward pass does
+        not ask for it: it computes in the dtype of its input.
+        """
+        own, psi, settled = self._weight_dtype, self.bank.psi.dtype, self.bank.array.dtype
+        if own == psi:
+            return own
+        # where psi was cast by itself, as FSDP and p.data = ... do with all parameters, weights as wide as it follow
+        followed = psi != settled and own == settled
+        return psi if followed or torch.promote_types(own, psi) != psi else own
+
+    def _set_weight_dtype(self, dtype: torch.dtype) -> None:
+        """Make ``dtype`` the weight's, and psi as wide as that."""
+        wide = torch.promote_types(self.bank.psi.dtype, dtype)
+        if wide != self.bank.psi.dtype:
+            self.bank.to(wide)
+        self._weight_dtype, self.bank.array.dtype = dtype, wide
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Also let ``fn``, which moves or casts the parameters, say what becomes of the weight, which is none of them.
+
+        Torch calls it for this layer before or after it does for the bank, or (a cast of a part) for this layer alone.
+        """
+        super()._apply(fn, recurse)
+        dtype = fn(torch.empty(0, dtype=self._weight_dtype, device="cpu")).dtype
+        if dtype != self._weight_dtype:
+            self._set_weight_dtype(dtype)
+        return self
 
     @property
     def weight(self) -> Tensor:
         """The weight for code that reads it directly; its numbers are made only when they are used."""
-        return WeightStandIn.of(self.dense_weight, self.weight_shape, like=self.bank.psi)
+        return WeightStandIn.of(self.dense_weight, self.weight_shape, like=self.bank.psi, dtype=self.weight_dtype)
 
     @weight.setter
     def weight(self, value) -> None:
@@ -157,7 +191,7 @@ class RPSLayer(nn.Module):
         _refuse("can't draw anew", self.name)
 
     def to_dense(self) -> nn.Module:
-        """A layer of the replaced kind with the same weight, in memory of its own, and the same bias."""
+        """A layer of the replaced kind with the same weight, in memory and a dtype of its own, and the same bias."""
         weight = self.dense_weight().detach().contiguous()
         dense = copy.copy(self._shell)
         dense._parameters = dict(self._shell._parameters)

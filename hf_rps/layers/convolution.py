@@ -18,10 +18,11 @@ class RPSConv(RPSLayer):
     """A convolution of one, two or three dimensions with a shared weight. The arguments are those of :class:`RPSLayer`.
 
     As a matrix the weight is (out_channels, in_channels / groups * kernel positions), row-major. It is made in every
-    call, in the compute dtype, and torch's own convolution does the rest, in the backward pass too; see
+    call, in the input's dtype, and torch's own convolution does the rest, in the backward pass too; see
     :func:`hf_rps.products.autograd.shared_weight`.
 
-    Input (..., in_channels, *size), output (..., out_channels, *size), as of ``dense``.
+    Input (..., in_channels, *size), output (..., out_channels, *size), as of ``dense`` and of the input's dtype
+    (autocast's where it is on).
     """
 
     def __init__(self, name: str, bank: Bank, dense: nn.Module, parameter: str = "weight"):
@@ -31,7 +32,7 @@ class RPSConv(RPSLayer):
             setattr(self, attribute, getattr(dense, attribute))
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x.device, self.bank.psi.dtype)
+        dtype = compute_dtype(x)
         weight = self.as_stored(self.shared.materialise(x.device, dtype))
         bias = None if self.bias is None else self.bias.to(dtype)
         return self._shell._conv_forward(cast_to_autocast(x, dtype), weight, bias)

@@ -12,7 +12,7 @@ from hf_rps.psi.weight import compute_dtype
 class RPSLinear(RPSLayer):
     """y = x W^T + b with a shared W. The arguments are those of :class:`RPSLayer`.
 
-    Input (..., in_features), output (..., out_features).
+    Input (..., in_features), output (..., out_features), of the input's dtype (autocast's where it is on).
     """
 
     def __init__(self, name: str, bank: Bank, dense: nn.Module, parameter: str = "weight"):
@@ -21,7 +21,7 @@ class RPSLinear(RPSLayer):
         self.weight_shape = (self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shared.linear(x, self.bias, compute_dtype(x.device, self.bank.psi.dtype))
+        return self.shared.linear(x, self.bias, compute_dtype(x))
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

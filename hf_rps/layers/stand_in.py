@@ -34,14 +34,18 @@ class WeightStandIn(Tensor):
     _make: Callable[[], Tensor]
 
     @staticmethod
-    def of(make: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """A stand-in for ``make()`` of ``shape``, with dtype, device and requires_grad of ``like``.
+    def of(
+        make: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A stand-in for ``make()`` of ``shape`` and ``dtype``, with device and requires_grad of ``like``.
+
+        Without a ``dtype`` it is that of ``like``, too.
 
         Under a compiler it is the weight itself, which the compiler drops where only its shape or dtype is read.
         """
         if torch.compiler.is_compiling():
             return make()
-        return _stand_in(make, torch.Size(shape), like.dtype, like.device, like.requires_grad)
+        return _stand_in(make, torch.Size(shape), dtype or like.dtype, like.device, like.requires_grad)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None) -> Any:

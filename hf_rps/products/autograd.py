@@ -61,6 +61,7 @@ def linear_by_definition(
 ) -> Tensor:
     """:func:`shared_linear` out of operations that autograd, compilers and torch.func can follow."""
     weight = matrix.weight(psi)
+    bias = None if bias is None else bias.to(x.dtype)
     return F.linear(x, (weight if base is None else base + weight).to(x.dtype), bias)
 
 

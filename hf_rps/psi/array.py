@@ -45,6 +45,7 @@ class SharedArray:
         choose: Picks the product for an input; see :func:`hf_rps.products.base.choose`.
         started: Where psi started: "project", "rescale" or False, as ``init_weights`` of :class:`hf_rps.RPSConfig`;
             None where it was loaded.
+        dtype: Of psi, as the layers that know the dtypes of their weights have left it; None without such layers.
     """
 
     def __init__(self, weight_map: WeightMap, grad_scaling: str):
@@ -55,6 +56,7 @@ class SharedArray:
         self.memory = GradientMemory()
         self.choose: Choice = choose
         self.started: bool | str | None = None
+        self.dtype: torch.dtype | None = None
 
     def read(
         self, psi: nn.Parameter, device: torch.device, dtype: torch.dtype, call_owner: Callable[..., Reading]

@@ -11,11 +11,23 @@ from hf_rps.products.base import products_of
 from hf_rps.psi.array import Source
 
 
-def compute_dtype(device: torch.device, default: torch.dtype) -> torch.dtype:
-    """The dtype that a matrix product on ``device`` runs in: autocast's where it is on, else ``default``."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return default
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a product with x runs in: autocast's where it is on, else that of x.
+
+    Float64 stays what it is: torch's autocast leaves it alone.
+
+    Raises:
+        RuntimeError: x is not floating, which a product with dense weights refuses, too.
+    """
+    dtype = x.dtype
+    if not dtype.is_floating_point:  # the weights would be rounded to integers
+        raise RuntimeError(
+            f"a layer with shared weights was given an input of dtype {dtype}; its weights are floating, so cast the "
+            f"input (x.to(layer.weight.dtype))"
+        )
+    if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return dtype
 
 
 def cast_to_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,9 +67,8 @@ class SharedWeight:
             psi, buffer = self.source.read(x.device, dtype)
             return shared_linear(x, psi, bias, product, buffer)
         psi = self.source.array.plain(self.source.psi, x.device, dtype)
-        bias = None if bias is None else bias.to(dtype)
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            return product.traced(x, psi, bias)
+            return product.traced(x, psi, None if bias is None else bias.to(dtype))
         # not what the product reads: the gradient of every view of psi would be an array of the size of psi
         return linear_by_definition(x, psi, bias, self.matrix)
 
@@ -73,6 +84,7 @@ class SharedWeight:
         psi, buffer = self.source.read(device, dtype)
         return shared_weight(psi, self.matrix, buffer)
 
-    def dense(self) -> Tensor:
-        """W where psi is and in its dtype."""
-        return self.materialise(self.source.psi.device, self.source.psi.dtype)
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W where psi is, in ``dtype`` or else in that of psi."""
+        psi = self.source.psi
+        return self.materialise(psi.device, dtype or psi.dtype)

@@ -144,7 +144,6 @@ def test_autocast(dtype):
     x.grad = None
     with torch.autocast("cpu", dtype=dtype):
         y = layer(x)
-        assert layer(x.double()).dtype == dtype
     assert y.dtype == dtype
     y.float().square().sum().backward()
     found = layer.bank.psi.grad, x.grad, layer.bias.grad

@@ -159,6 +159,20 @@ def test_autocast_and_half_precision(tiny, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tokens", [3, 40])  # two products, and one
+def test_inputs_that_the_base_layer_refuses_or_keeps(tiny, mode, tokens):
+    """Integers would round the weights to integers, and torch's autocast leaves float64 alone."""
+    layer = next(iter(layers(get_peft_model(tiny(), config(mode))).values()))
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(torch.ones(tokens, layer.in_features, dtype=torch.int64))
+    layer = next(iter(layers(get_peft_model(tiny().double(), config(mode))).values()))
+    x = torch.randn(tokens, layer.in_features, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    torch.testing.assert_close(y, layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_frozen_adapter_stays_frozen_when_cast(tiny, mode, tmp_path):
     get_peft_model(tiny().bfloat16(), config(mode), autocast_adapter_dtype=False).save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(tiny().bfloat16(), tmp_path)

@@ -79,7 +79,7 @@ class DeltaLinear(AdapterLinear):
         if active and self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         for shared in active:
-            dtype = compute_dtype(x.device, x.dtype)
+            dtype = compute_dtype(x)
             y = y + shared.linear(x, None, dtype).to(y.dtype)
         return y
 
@@ -111,7 +111,7 @@ class DeltaLinear(AdapterLinear):
 
     def _fused(self, x: Tensor, shared: SharedWeight) -> Tensor:
         weight = self.kind.matrix(self.base_layer.weight)
-        return shared.added_linear(x.to(compute_dtype(x.device, x.dtype)), weight, self.base_layer.bias)
+        return shared.added_linear(x.to(compute_dtype(x)), weight, self.base_layer.bias)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The change that an adapter makes, as the base layer stores its weight and in the array's dtype."""
@@ -188,7 +188,7 @@ class ReplaceLinear(AdapterLinear):
             names = [name for name in self.active_adapters if name in self.shared]
             raise ValueError(f"only one RPS adapter can replace a weight at a time, got {names}; choose by set_adapter")
         if active:
-            return active[0].linear(x, self.base_layer.bias, compute_dtype(x.device, x.dtype))
+            return active[0].linear(x, self.base_layer.bias, compute_dtype(x))
         if self.base_layer.weight is None:
             raise ValueError(
                 f"the dense weight of this layer was freed (mode='replace'), and of its adapters {sorted(self.shared)} "

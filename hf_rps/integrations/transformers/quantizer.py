@@ -21,6 +21,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from hf_rps.config import RPSSettings
 from hf_rps.conversion import bank_owner, bank_place, find_banks, fit, install, revert, shared_layers, stand_ins
+from hf_rps.initial import array_dtype
+from hf_rps.integrations.transformers.dtypes import apply_dtype_plan
 from hf_rps.integrations.transformers.marks import is_marked, is_transformers_model, mark, unmark
 from hf_rps.integrations.transformers.parts import parts_of
 from hf_rps.integrations.transformers.quantization_config import (
@@ -173,7 +175,9 @@ def _install_recorded(model: nn.Module, record: BankRecord, weight_map) -> None:
         logger.warning("%s does not use %d shared weights of the checkpoint: %s",
                        type(model).__name__, len(missing), ", ".join(missing))  # fmt: skip
     candidates: dict[str, Candidate] = {name: candidate for name, candidate in found.items() if candidate is not None}
-    bank = Bank(weight_map, record.rps.grad_scaling, device="meta", dtype=_target_dtype(model))
+    apply_dtype_plan(model, candidates.values())
+    dtype = array_dtype(candidates.values())
+    bank = Bank(weight_map, record.rps.grad_scaling, device="meta", dtype=dtype)
     bank.settings = record.rps
     owner = None if record.is_at_the_base else model.get_submodule(place.base.removesuffix("."))
     install(model, bank, stand_ins(bank, candidates), owner)
@@ -240,10 +244,6 @@ def sentinel_keys(model: nn.Module) -> list[str]:
         # by the map: wrappers change the modules' names
         keys.append(weight_key(place.module_name(layer.name), layer.parameter))
     return keys
-
-
-def _target_dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def _align(model: nn.Module) -> None:
