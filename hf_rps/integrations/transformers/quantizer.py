@@ -22,6 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from hf_rps.config import RPSSettings
 from hf_rps.conversion import bank_owner, bank_place, find_banks, fit, install, revert, shared_layers, stand_ins
 from hf_rps.initial import array_dtype
+from hf_rps.integrations.transformers.alignment import PADDING, align, padding
 from hf_rps.integrations.transformers.dtypes import apply_dtype_plan
 from hf_rps.integrations.transformers.marks import is_marked, is_transformers_model, mark, unmark
 from hf_rps.integrations.transformers.parts import parts_of
@@ -65,6 +66,7 @@ class SaveArguments(NamedTuple):
 
     is_main_process: bool = True
     state_dict: dict[str, Tensor] | None = None
+    max_shard_size: int | str = "50GB"
 
 
 class RPSQuantizer(HfQuantizer):
@@ -127,7 +129,7 @@ class RPSQuantizer(HfQuantizer):
             bias = module.bias if isinstance(module, RPSLayer) else None
             if bias is not None and not bias.is_meta and not getattr(bias, "_is_hf_initialized", False):
                 nn.init.zeros_(bias)
-        _align(model)
+        align(model)
         mark_whole(model)
 
     def get_state_dict_and_metadata(self, model):
@@ -148,12 +150,13 @@ class RPSQuantizer(HfQuantizer):
         config.save_id = content_id(state)
         for bank, key in zip(banks, sentinel_keys(model), strict=True):
             state[key] = torch.empty(bank.weight_map.sentinel_shape(), dtype=bank.psi.dtype)
-        return state, {
+        metadata = {
             "rps_format_version": str(FORMAT_VERSION),
             "rps_fingerprint": config.fingerprint,
             "rps_save_id": config.save_id,
             "rps_tensors": str(count_saved(model, state)),
         }
+        return state, metadata | {PADDING: padding(state, metadata, self.saving.max_shard_size)}
 
     def _dequantize(self, model, dtype=None):
         decompress(model)
@@ -244,16 +247,6 @@ def sentinel_keys(model: nn.Module) -> list[str]:
         # by the map: wrappers change the modules' names
         keys.append(weight_key(place.module_name(layer.name), layer.parameter))
     return keys
-
-
-def _align(model: nn.Module) -> None:
-    """Move CPU parameters that lie at odd addresses of a mapped file to memory of torch's own, one by one.
-
-    The last bit of a CPU matrix product depends on the address it reads from, and reloaded outputs must be bit-equal.
-    """
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-            parameter.data = parameter.data.clone()
 
 
 def _place_banks(model: nn.Module, device_map: dict) -> None:

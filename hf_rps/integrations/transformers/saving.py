@@ -38,7 +38,7 @@ def _saving(original):
         if not isinstance(quantizer, RPSQuantizer):
             return original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
-        quantizer.saving = SaveArguments(given.get("is_main_process", True), given.get("state_dict"))
+        quantizer.saving = SaveArguments(**{name: given[name] for name in SaveArguments._fields if name in given})
         try:
             return original(self, *args, **kwargs)
         finally:
