@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer
 
 from hf_rps.integrations.model_card import TAGS
+from hf_rps.integrations.transformers.resizing import resize_token_embeddings
+from hf_rps.layers.base import RPSLayer
 from hf_rps.psi.bank import Bank
 
 _OWN = "rps_own_attributes"  # attribute of a marked model: what it had of _RESTORED before
 # what a marked model carries: of the first two it may have had its own, which come back
 _RESTORED = ("_weight_conversions", "model_tags")
 _MARKS = (*_RESTORED, "hf_quantizer", "gather_sharded_state_dict_for_save", "quantization_method", "is_quantized",
-          "_keys_to_ignore_on_load_unexpected")  # fmt: skip
+          "_keys_to_ignore_on_load_unexpected", "_resize_token_embeddings")  # fmt: skip
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -29,6 +31,8 @@ def mark(model: nn.Module, quantizer: HfQuantizer, bank: Bank) -> None:
     """
     config = quantizer.quantization_config
     config.record(bank.weight_map)
+    if config.save_id is None:  # it was not loaded from a compressed checkpoint, of which it has the name
+        _forget_name(model)
     for owner in _owners(model):
         own = {name: owner.__dict__[name] for name in _RESTORED if name in owner.__dict__}
         owner.__dict__.setdefault(_OWN, own)
@@ -36,6 +40,7 @@ def mark(model: nn.Module, quantizer: HfQuantizer, bank: Bank) -> None:
         owner._weight_conversions = []
         owner.hf_quantizer = quantizer
         owner.gather_sharded_state_dict_for_save = _keep_state
+        owner._resize_token_embeddings = resize_token_embeddings
         owner.quantization_method = "rps"
         owner.is_quantized = False  # nothing that transformers forbids quantized models applies here
         owner.config.quantization_config = config
@@ -53,6 +58,17 @@ def unmark(model: nn.Module) -> None:
             setattr(owner, name, value)
         for name in ("quantization_config", "_is_quantized"):
             owner.config.__dict__.pop(name, None)
+
+
+def _forget_name(model: nn.Module) -> None:
+    """Take from ``model`` the name of the dense checkpoint it came from, as models have none that are in no checkpoint.
+
+    Others load that name again for a copy of the model (TRL its reference model) and would get the dense one. Making
+    the model dense again doesn't bring the name back, since the weights are others.
+    """
+    for module in model.modules():
+        if is_transformers_model(module) and any(isinstance(inner, RPSLayer) for inner in module.modules()):
+            module.name_or_path = module.config.name_or_path = ""
 
 
 def _keep_state(model: nn.Module, state: dict[str, Tensor], *args, **kwargs) -> dict[str, Tensor]:
