@@ -1,4 +1,4 @@
-"""resize_token_embeddings: as ever where the output head is dense, refused before anything changes where it is shared."""
+"""resize_token_embeddings: as ever with a dense output head, refused before anything changes with a shared one."""
 
 import copy
 import pickle

@@ -62,14 +62,14 @@ def check(
     chosen = getattr(config, "target_modules", None)
     if isinstance(chosen, str) and chosen.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         raise ValueError(
-            f"target_modules={chosen!r} of {method} would pass by all layers that are compressed: {what}, and PEFT finds "
-            f"only those that were left dense. {_REMEDY}. To adapt layers that were left dense, name them"
+            f"target_modules={chosen!r} of {method} would pass by all layers that are compressed: {what}, and PEFT "
+            f"finds only those that were left dense. {_REMEDY}. To adapt layers that were left dense, name them"
         )
     reached = _named_by(state_dict, method, shared) if state_dict is not None else _chosen(tuner, model, config, shared)
     if reached:
         raise ValueError(
-            f"{method} can't adapt {reached[0]!r}, {len(reached)} such layers in all: {what}, so they have no weights of "
-            f"their own. {_REMEDY}"
+            f"{method} can't adapt {reached[0]!r}, {len(reached)} such layers in all: {what}, so they have no weights "
+            f"of their own. {_REMEDY}"
         )
 
 
