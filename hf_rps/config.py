@@ -113,6 +113,8 @@ class RPSSettings:
     init_weights: bool | str = field(
         default=True, metadata={"help": "True (automatic), False (fresh draws), 'project' or 'rescale'."}
     )
+    modules: list[str] | None = field(default=None, metadata={"help": "The recorded map; leave out."})
+    fingerprint: str | None = field(default=None, metadata={"help": "Of the recorded map; leave out."})
 
     # what from_pretrained(quantization_config=RPSConfig(...)) and transformers' registry ask for
     quant_method = "rps"
@@ -123,6 +125,9 @@ class RPSSettings:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             check(isinstance(value, str) and value in choices, name, value, f"one of {list(choices)}")
+        recorded = "None; it is recorded when a model is compressed"
+        check(self.modules is None or is_names(self.modules), "modules", self.modules, recorded)
+        check(self.fingerprint is None or isinstance(self.fingerprint, str), "fingerprint", self.fingerprint, recorded)
         if self.mode == "delta":
             fresh = isinstance(self.init_weights, bool)
             check(fresh, "init_weights", self.init_weights, "True or False with mode='delta'")
@@ -131,9 +136,17 @@ class RPSSettings:
             if isinstance(value, (set, tuple)):
                 setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
 
+    def recorded_targets(self) -> list[Target] | None:
+        """The targets of the recorded map, or None."""
+        return None if self.modules is None else [Target.parse(text) for text in self.modules]
+
     def weight_map(self, targets: Sequence[Target]) -> WeightMap:
-        """The map of ``targets`` onto the shared array that these settings give."""
-        return WeightMap(
+        """The map of ``targets`` onto the shared array that these settings give.
+
+        Raises:
+            ValueError: A map is recorded, and this is another one.
+        """
+        weight_map = WeightMap(
             targets,
             ratio=self.ratio,
             seed=self.seed,
@@ -143,3 +156,11 @@ class RPSSettings:
             init_std=self.init_std,
             **(_DELTA_STD if self.mode == "delta" else {}),
         )
+        if self.fingerprint not in (None, weight_map.fingerprint):
+            raise ValueError(
+                f"this config records the map {self.fingerprint}, but its modules, ratio={self.ratio!r}, "
+                f"seed={self.seed!r}, sharing={self.sharing!r}, mapping={self.mapping!r} and sign={self.sign!r} give "
+                f"{weight_map.fingerprint}. Its weights would be read in the wrong places; restore "
+                f"its adapter_config.json, or wherever it was saved"
+            )
+        return weight_map

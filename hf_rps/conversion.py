@@ -2,44 +2,96 @@
 
 from __future__ import annotations
 
+import copy
+from typing import NamedTuple
+
 from torch import nn
 
 from hf_rps.config import RPSSettings
-from hf_rps.initial import check_weight, initial_std, initialise
+from hf_rps.initial import check_weights, initial_std, initialise
 from hf_rps.layers.base import RPSLayer
 from hf_rps.layers.kinds import Candidate
 from hf_rps.mappings.base import Target
-from hf_rps.names import BANK_NAME, base_model_of, base_prefix, map_name
+from hf_rps.names import BANK_NAME, Place, base_model_of, base_prefix, is_outside, map_name, outer_name
 from hf_rps.psi.bank import Bank
 from hf_rps.psi.passes import Passes
+from hf_rps.recorded import candidates_of_config
 from hf_rps.targets import find_targets
 
 
+def find_banks(model: nn.Module) -> list[Bank]:
+    """The banks inside ``model``, in its order: one for each part of it that was compressed by itself."""
+    return [module for module in model.modules() if isinstance(module, Bank)]
+
+
 def find_bank(model: nn.Module) -> Bank | None:
-    """The bank of a compressed model, or None if ``model`` is not compressed."""
-    return next((module for module in model.modules() if isinstance(module, Bank)), None)
+    """The first bank inside ``model``, or None if nothing of it is compressed."""
+    return next(iter(find_banks(model)), None)
 
 
-def convert(model: nn.Module, config: RPSSettings) -> Bank:
-    """Select targets, fit the shared array, swap the layers in. ``model`` changes only once all has succeeded."""
+def shared_layers(model: nn.Module) -> dict[str, RPSLayer]:
+    """By name, the layers inside ``model`` whose weights are shared."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RPSLayer)}
+
+
+def bank_owner(model: nn.Module, bank: Bank) -> tuple[str, nn.Module]:
+    """The name inside ``model`` of the module that holds ``bank``, and the module."""
+    return next((name, module) for name, module in model.named_modules() if bank in module._modules.values())
+
+
+def bank_place(model: nn.Module, bank: Bank) -> Place:
+    """Where the part of ``model`` that was compressed onto ``bank`` is."""
+    owner, module = bank_owner(model, bank)
+    base = f"{owner}." if owner else ""
+    if module is base_model_of(model):
+        return Place(base)
+    # names of targets outside the base tell where the whole part begins
+    for name, layer in shared_layers(model).items():
+        if layer.bank is bank and is_outside(layer.name):
+            return Place(base, name.removesuffix(outer_name(layer.name).removesuffix(f".{layer.parameter}")))
+    return Place(base, base)
+
+
+class Fitted(NamedTuple):
+    """A shared array for ``model``, and the layers (by the name of what they replace) that will read it."""
+
+    model: nn.Module
+    bank: Bank
+    layers: dict[str, RPSLayer]
+
+    def install(self) -> Bank:
+        """Swap them in."""
+        install(self.model, self.bank, self.layers)
+        return self.bank
+
+
+def fit(model: nn.Module, config: RPSSettings, candidates: list[Candidate] | None = None) -> Fitted:
+    """Select targets and fit the shared array. ``model`` stays as it is.
+
+    ``candidates`` are the weights to share, by default those that ``config`` records or chooses.
+    """
     devices = set(getattr(model, "hf_device_map", {}).values())
     if len(devices) > 1:
         raise ValueError(
             f"this {type(model).__name__} is spread over {sorted(map(str, devices))} by its device_map; compress it on "
             f"one device, save it, and load the compressed checkpoint with the device_map"
         )
-    candidates = find_targets(model, config)
-    prefix = base_prefix(model)
-    for candidate in candidates:
-        check_weight(candidate)
-    targets = [Target(map_name(c.full_name, prefix), *c.weight.shape, std=initial_std(c.weight)) for c in candidates]
+    check_room(model)
+    if config.modules is not None:
+        chosen, targets = candidates_of_config(model, config)
+        check_weights(chosen.values())
+    else:
+        candidates, prefix = find_targets(model, config) if candidates is None else candidates, base_prefix(model)
+        check_weights(candidates)
+        chosen = {map_name(c.full_name, prefix): c for c in candidates}
+        targets = [Target(name, *c.weight.shape, std=initial_std(c.weight)) for name, c in chosen.items()]
     weight_map = config.weight_map(targets)
-    first = candidates[0].stored
+    first = next(iter(chosen.values())).stored
     bank = Bank(weight_map, config.grad_scaling, device=first.device, dtype=first.dtype)
-    bank.psi.requires_grad_(any(c.stored.requires_grad for c in candidates))
-    initialise(bank.psi, bank.array, candidates, config.init_weights)
-    install(model, bank, stand_ins(bank, dict(zip([t.name for t in targets], candidates, strict=True))))
-    return bank
+    bank.settings = copy.deepcopy(config)
+    bank.psi.requires_grad_(any(c.stored.requires_grad for c in chosen.values()))
+    initialise(bank.psi, bank.array, chosen, config.init_weights)
+    return Fitted(model, bank, stand_ins(bank, chosen))
 
 
 def stand_ins(bank: Bank, candidates: dict[str, Candidate]) -> dict[str, RPSLayer]:
@@ -51,8 +103,8 @@ def stand_ins(bank: Bank, candidates: dict[str, Candidate]) -> dict[str, RPSLaye
     return {name: c.kind.stand_in(bank, c.module, names[name]) for name, c in modules.items()}
 
 
-def install(model: nn.Module, bank: Bank, replacements: dict[str, nn.Module]) -> None:
-    """Put ``bank`` on the base model and ``replacements`` (by module name) in place of the layers they replace."""
+def check_room(model: nn.Module) -> None:
+    """Raise a ValueError where the base model can't hold a bank."""
     base = base_model_of(model)
     if hasattr(base, BANK_NAME):
         raise ValueError(f"{type(base).__name__} has an attribute {BANK_NAME!r} of its own, where the bank must go")
@@ -61,8 +113,15 @@ def install(model: nn.Module, bank: Bank, replacements: dict[str, nn.Module]) ->
             f"the bank can't be a child of a {type(base).__name__}, which would run it as one of its own; wrap "
             f"the container in a module of your own"
         )
+
+
+def install(model: nn.Module, bank: Bank, replacements: dict[str, nn.Module], owner: nn.Module | None = None) -> None:
+    """Put ``bank`` on its owner, by default the base model, and ``replacements`` (by module name) in place of the
+    layers they replace."""
+    if owner is None:
+        check_room(model)
     replace_modules(model, replacements)
-    base.add_module(BANK_NAME, bank)
+    (base_model_of(model) if owner is None else owner).add_module(BANK_NAME, bank)
     watch_passes(model, bank.array.passes)
 
 
@@ -84,16 +143,23 @@ def replace_modules(model: nn.Module, replacements: dict[str, nn.Module]) -> Non
 
 
 def revert(model: nn.Module) -> None:
-    """Undo :func:`convert`: layers of the kinds that were there, with the weights that the shared array stands for.
+    """Undo :func:`fit` and its installation for every bank inside: layers of the kinds that were there, with the
+    weights that the shared arrays stand for.
 
     Raises:
-        ValueError: ``model`` is not compressed.
+        ValueError: Nothing of ``model`` is compressed, or it is a part of a compressed model whose array is outside.
     """
-    bank = find_bank(model)
-    if bank is None:
+    banks, layers = find_banks(model), shared_layers(model)
+    outside = next((name for name, layer in layers.items() if layer.bank not in banks), None)
+    if outside is not None:
+        raise ValueError(
+            f"this {type(model).__name__} is a part of a compressed model: {outside!r} reads a shared array outside of "
+            f"it. Call hf_rps.to_dense on the whole model"
+        )
+    if not banks:
         raise ValueError(f"this {type(model).__name__} is not compressed by hf_rps: it has no bank")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, RPSLayer)}
     dense = {name: layer.to_dense() for name, layer in layers.items()}
-    bank.array.passes.unwatch()
     replace_modules(model, dense)
-    delattr(next(module for module in model.modules() if bank in module._modules.values()), BANK_NAME)
+    for bank in banks:
+        bank.array.passes.unwatch()
+        delattr(bank_owner(model, bank)[1], BANK_NAME)

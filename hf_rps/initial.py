@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,12 @@ from torch import Tensor, nn
 from hf_rps.layers.kinds import Candidate
 from hf_rps.layers.stand_in import WeightStandIn
 from hf_rps.psi.array import SharedArray
+
+
+def check_weights(candidates: Iterable[Candidate]) -> None:
+    """Raise a ValueError unless all weights are in memory and finite."""
+    for candidate in candidates:
+        check_weight(candidate)
 
 
 def check_weight(candidate: Candidate) -> None:
@@ -37,8 +44,9 @@ def _is_trained(weight: Tensor) -> bool:
 
 
 @torch.no_grad()
-def initialise(psi: Tensor, array: SharedArray, candidates: list[Candidate], how: bool | str) -> None:
-    """Set psi (m,), that of ``array``, from the dense weights; see ``init_weights`` of :class:`hf_rps.RPSConfig`.
+def initialise(psi: Tensor, array: SharedArray, candidates: dict[str, Candidate], how: bool | str) -> None:
+    """Set psi (m,), that of ``array``, from the dense weights, by target; see ``init_weights`` of
+    :class:`hf_rps.RPSConfig`.
 
     "project" is the least-squares fit, R^T w over Gamma; "rescale" sums sign * w / scale over the root of the number
     of weights on a slot.
@@ -48,13 +56,13 @@ def initialise(psi: Tensor, array: SharedArray, candidates: list[Candidate], how
         nn.init.normal_(psi, std=weight_map.init_std)
         return
     if how is True:
-        loaded = sum(c.weight.numel() for c in candidates if _is_trained(c.stored))
+        loaded = sum(c.weight.numel() for c in candidates.values() if _is_trained(c.stored))
         how = "project" if 2 * loaded > weight_map.n else "rescale"
     total = torch.zeros(weight_map.m, dtype=torch.promote_types(psi.dtype, torch.float32), device=psi.device)
     loads = torch.zeros_like(total)  # Gamma_j, or the number of weights on slot j
-    for target, candidate in zip(weight_map.targets, candidates, strict=True):
-        matrix = array.matrices[target.name]
-        square = 1.0 if how == "project" else weight_map.scale(target.name) ** 2
+    for name, candidate in candidates.items():
+        matrix = array.matrices[name]
+        square = 1.0 if how == "project" else weight_map.scale(name) ** 2
         matrix.add_adjoint(total, candidate.weight.to(total) / square)
         matrix.add_load(loads, 1 / square)
     loads.clamp_(min=torch.finfo(loads.dtype).tiny)  # slots that no weight reads (never with "fold") stay 0

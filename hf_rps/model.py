@@ -1,4 +1,4 @@
-"""get_rps_model and to_dense: the library's two verbs. They stand above all else."""
+"""get_rps_model, to_dense and get_rps_config: the library's verbs. They stand above all else."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from torch import nn
 
 from hf_rps import conversion
 from hf_rps.config import RPSSettings
-from hf_rps.integrations.transformers import quantizer
+from hf_rps.integrations.peft.config import RPSConfig
+from hf_rps.integrations.transformers import quantization_config, quantizer
 
 
 def get_rps_model(model: nn.Module, config: RPSSettings) -> nn.Module:
     """Compress ``model`` in place: all targeted weights become slices of one shared trainable array.
 
     Args:
-        model: Any transformers model (or torch module), randomly initialised or pretrained, in memory.
-        config: See :class:`hf_rps.RPSConfig`.
+        model: Any transformers model (or torch module), randomly initialised or pretrained, in memory. In a module
+            that holds transformers models without being one (a SentenceTransformer, two towers), each of these gets a
+            shared array of its own, so that each saves itself. The config of a transformers model is copied before it
+            is marked; a model around it keeps the old object.
+        config: See :class:`hf_rps.RPSConfig`. One that :func:`get_rps_config` returned gives the same map again.
 
     Returns:
         The same object, of the same class. At ``ratio=1`` it computes what it computed before, to float rounding.
@@ -32,15 +36,35 @@ def get_rps_model(model: nn.Module, config: RPSSettings) -> nn.Module:
         )
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch module, got {type(model).__name__}")
-    if conversion.find_bank(model) is not None:
+    for bank in conversion.find_banks(model)[:1]:
+        part, _ = conversion.bank_owner(model, bank)
         raise ValueError(
-            f"this {type(model).__name__} is already compressed; call hf_rps.to_dense(model) first to compress it anew"
+            f"this {type(model).__name__} is already compressed{f' in its {part!r}' if part else ''}; call "
+            f"hf_rps.to_dense(model) first to compress it anew, or compress its other parts by themselves"
         )
     if hasattr(model, "peft_config"):
         raise ValueError("this model carries PEFT adapters; merge them (merge_and_unload) before get_rps_model")
     _check_float(model)
     quantizer.compress(model, config)
     return model
+
+
+def get_rps_config(model: nn.Module) -> RPSConfig:
+    """The config that gives the map of a compressed ``model`` again, wherever it is used.
+
+    An RPSConfig alone does not decide the map: the standard deviations of the weights that the model had go into it. To
+    load a state dict of one compressed model into another one (``torch.save``, checkpoints of training loops, plain
+    torch modules), compress the other one with this config. It is an ordinary RPSConfig, with ``modules`` and
+    ``fingerprint`` set, which ``save_pretrained`` writes and ``RPSConfig.from_pretrained`` reads.
+
+    Raises:
+        ValueError: ``model`` is not compressed, or holds several shared arrays.
+    """
+    banks = conversion.find_banks(model)
+    if len(banks) != 1:
+        found = f"{len(banks)} shared arrays; ask for each part's by itself" if banks else "no shared array"
+        raise ValueError(f"this {type(model).__name__} has {found}")
+    return quantization_config.record_of(banks[0]).settings()
 
 
 def _check_float(model: nn.Module) -> None:

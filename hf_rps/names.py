@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+
 from torch import nn
 
-BANK_NAME = "rps"  # of the bank inside the base model; state-dict keys end in "rps.psi"
+BANK_NAME = (
+    "rps"  # of the bank inside the base model; state-dict keys end in "rps.psi_<digits of the map's fingerprint>"
+)
+LEGACY_PSI = "psi"  # what the array was called up to format 2, whatever its map
 _OUTSIDE = "/"  # marks a target outside the base model in a map, whose names are otherwise relative to it
 
 
@@ -35,22 +41,63 @@ def module_name(name: str, prefix: str) -> str:
     return name.removeprefix(_OUTSIDE) if name.startswith(_OUTSIDE) else prefix + name
 
 
-def weight_key(name: str, parameter: str, prefix: str) -> str:
-    """State-dict key of the dense weight that the target ``name`` of a map stands for; ``prefix`` as above."""
-    full_name = module_name(name, prefix)
+def is_outside(name: str) -> bool:
+    """True for the name in a map of a target outside the base model."""
+    return name.startswith(_OUTSIDE)
+
+
+def outer_name(name: str) -> str:
+    """The name, relative to the whole model, of a target outside the base model."""
+    return name.removeprefix(_OUTSIDE)
+
+
+def weight_key(full_name: str, parameter: str) -> str:
+    """State-dict key of the dense weight of a target, by its name inside the model."""
     return f"{full_name}.weight" if parameter == "weight" else full_name
 
 
-def bank_prefix(model: nn.Module) -> str:
-    """State-dict prefix of the bank of a native model, without a trailing dot."""
-    return base_prefix(model) + BANK_NAME
+@dataclass(frozen=True)
+class Place:
+    """Where a compressed model is inside the model that it is saved with, as prefixes of names with a trailing dot.
+
+    Attributes:
+        base: Of its base model, which holds the bank.
+        model: Of the whole of it, to which the names of targets outside the base model are relative.
+    """
+
+    base: str
+    model: str = ""
+
+    def module_name(self, name: str) -> str:
+        """The name, inside the outer model, of a target's module."""
+        return self.model + name.removeprefix(_OUTSIDE) if name.startswith(_OUTSIDE) else self.base + name
+
+    def relative_to(self, prefix: str) -> Place:
+        """The same as seen from a base model with ``prefix``, so that a head can be put on and taken off."""
+        return Place(map_name(self.base, prefix), map_name(self.model, prefix))
+
+    def inside(self, prefix: str) -> Place:
+        """Inverse of :meth:`relative_to`."""
+        return Place(module_name(self.base, prefix), module_name(self.model, prefix))
 
 
-def psi_key(model: nn.Module) -> str:
-    """State-dict key of the shared array of a native model."""
-    return f"{bank_prefix(model)}.psi"
+def psi_name(fingerprint: str) -> str:
+    """Name of the parameter that holds the shared array of the map with this fingerprint.
+
+    The array means nothing without its map, and a name passes through everything that carries a state dict.
+    """
+    return f"psi_{fingerprint[:12]}"
+
+
+def psi_names(state_dict, prefix: str) -> list[str]:
+    """The keys of shared arrays of any map, or of none that is known, directly under ``prefix`` in a state dict."""
+    return [key for key in state_dict if key.startswith(prefix) and _PSI.fullmatch(key.removeprefix(prefix))]
 
 
 def is_psi_key(key: str) -> bool:
     """True for the key of a native model's shared array, whatever module the model is part of."""
-    return f".{key}".endswith(f".{BANK_NAME}.psi")
+    owner, _, name = key.rpartition(".")
+    return f".{owner}".endswith(f".{BANK_NAME}") and _PSI.fullmatch(name) is not None
+
+
+_PSI = re.compile(r"psi(_[0-9a-f]{12})?")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_rps.conversion import find_bank
+from hf_rps.conversion import find_banks
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,9 @@ def size_report(model: nn.Module) -> SizeReport:
     """
     if hasattr(model, "peft_config"):
         raise ValueError("this model carries PEFT adapters; call its print_trainable_parameters() for their sizes")
-    bank = find_bank(model)
+    banks = find_banks(model)
     parameters = sum(p.numel() for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    if bank is None:
-        return SizeReport(0, 0, parameters, parameters, size, size)
-    n, m, element = bank.weight_map.n, bank.weight_map.m, bank.psi.element_size()
-    return SizeReport(n, m, parameters - m + n, parameters, size + (n - m) * element, size)
+    n, m = sum(bank.weight_map.n for bank in banks), sum(bank.weight_map.m for bank in banks)
+    more = sum((bank.weight_map.n - bank.weight_map.m) * bank.psi.element_size() for bank in banks)
+    return SizeReport(n, m, parameters - m + n, parameters, size + more, size)

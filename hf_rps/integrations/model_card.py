@@ -180,17 +180,25 @@ def weights_files(folder: Path) -> list[Path]:
 def _compressed(config: dict) -> _Compressed | None:
     if not is_compressed(config):
         return None
-    recorded = config["quantization_config"]
-    n, m, modules = (recorded.get(field) for field in ("n", "m", "modules"))
-    if not (n and m and modules):
-        raise ValueError(
-            "config.json has a quantization_config of method 'rps' without n, m and modules; it was edited: "
-            "restore the one that save_pretrained wrote"
-        )
-    unused = set(recorded.get("unused_modules") or ())
-    targets = [Target.parse(text) for text in modules]
+    n = m = count = unused = 0
+    for bank in _banks(config):
+        if not all(bank.get(field) for field in ("n", "m", "modules")):
+            raise ValueError(
+                "config.json has a quantization_config of method 'rps' without n, m and modules; it was edited: "
+                "restore the one that save_pretrained wrote"
+            )
+        left = set(bank.get("unused_modules") or ())
+        targets = [Target.parse(text) for text in bank["modules"]]
+        n, m, count = n + bank["n"], m + bank["m"], count + len(targets)
+        unused += sum(target.numel for target in targets if target.name in left)
     names = config.get("architectures") or ["A model"]
-    return _Compressed(names[0], n, m, len(targets), sum(t.numel for t in targets if t.name in unused))
+    return _Compressed(names[0], n, m, count, unused)
+
+
+def _banks(config: dict) -> list[dict]:
+    """What config.json records of every shared array."""
+    recorded = config["quantization_config"]
+    return recorded.get("banks") or [recorded]
 
 
 def _snippet(auto_class: str) -> str:
@@ -252,10 +260,9 @@ def _sizes(folder: Path, compressed: _Compressed | None) -> list[tuple[str, int,
 def _facts(config: dict, base_model: str | None, teacher: str | None, versions: Mapping[str, str] | None) -> dict:
     facts = {name: _short(value) for name, value in (("base model", base_model), ("teacher", teacher)) if value}
     if is_compressed(config):
-        recorded = config["quantization_config"]
         fields = ("ratio", "seed", "sharing", "mapping", "sign", "grad_scaling")
-        settings = ", ".join(f"{name}={recorded[name]!r}" for name in fields if name in recorded)
-        facts["compression"] = f"`RPSConfig({settings})`"
+        settings = [", ".join(f"{f}={bank[f]!r}" for f in fields if f in bank) for bank in _banks(config)]
+        facts["compression"] = ", ".join(dict.fromkeys(f"`RPSConfig({text})`" for text in settings))
     used = {"hf_rps": __version__, "Python": platform.python_version()}
     used |= {name: version(name) for name in ("torch", "transformers")} | dict(versions or {})
     return facts | {"versions": ", ".join(f"{name} {number}" for name, number in used.items())}

@@ -91,7 +91,9 @@ class RPSLayer(nn.Module):
             if key in unexpected:
                 unexpected.remove(key)
             shape = tuple(state_dict[key].shape)
-            if shape != self.bank.weight_map.sentinel_shape():
+            if shape == self.bank.weight_map.sentinel_shape():
+                self.bank.see_sentinel(errors)
+            else:
                 what = "another map of shared weights" if shape[:1] == (0,) else "a dense weight"
                 errors.append(
                     f"{key} is {what} (shape {shape}), but this model is compressed with the map "

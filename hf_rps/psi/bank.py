@@ -1,30 +1,48 @@
-"""The bank: the module that owns the shared array psi of a compressed model."""
+"""The module that owns a shared array psi: the bank of a compressed model, or that of an adapter."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.names import LEGACY_PSI, psi_name, psi_names
 from hf_rps.psi.array import SharedArray
 from hf_rps.psi.passes import Reading
 
 
-class Bank(nn.Module):
-    """Owner of the shared array.
+class ArrayOwner(nn.Module):
+    """Owner of a shared array.
 
     Args:
         weight_map: Which weight reads which slots of the array.
         grad_scaling: "projection", "norm" or "none"; see :class:`hf_rps.RPSConfig`.
         device, dtype: Of psi (m,), which is left uninitialised.
 
-    Layers keep the bank in an unregistered reference, so that psi is saved and sharded once.
+    Layers keep the bank in an unregistered reference, so that psi is saved and sharded once. The parameter's name in
+    state dicts is ``psi_name``, which tells its map: a state dict of another map does not load.
     """
 
     def __init__(self, weight_map: WeightMap, grad_scaling: str = "projection", device=None, dtype=None):
         super().__init__()
         self.array = SharedArray(weight_map, grad_scaling)
-        self.psi = nn.Parameter(torch.empty(weight_map.m, device=device, dtype=dtype))
+        self.psi_name = psi_name(weight_map.fingerprint)
+        self._sentinel_seen_in: list[str] | None = None
+        self.register_parameter(self.psi_name, nn.Parameter(torch.empty(weight_map.m, device=device, dtype=dtype)))
+
+    @property
+    def psi(self) -> nn.Parameter:
+        """The shared array (m,)."""
+        psi = self._parameters.get(self.psi_name)
+        return self._psi_elsewhere() if psi is None else psi
+
+    def _psi_elsewhere(self) -> Tensor:
+        """psi where it is not among the parameters: wrappers may keep it as a plain attribute."""
+        return getattr(self, self.psi_name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch; what is assigned to ``psi`` goes by the name that tells the map."""
+        super().register_parameter(self.psi_name if name == "psi" else name, param)
 
     @property
     def weight_map(self) -> WeightMap:
@@ -42,5 +60,49 @@ class Bank(nn.Module):
         """Read psi anew: a call, so that the hooks on this module (offloading, FSDP) run around it."""
         return self.array.enter(self.psi, device, dtype)
 
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        own, found = prefix + self.psi_name, psi_names(state_dict, prefix)
+        if own not in found and prefix + LEGACY_PSI in found and self._sentinel_seen_in is errors:
+            state_dict[own] = state_dict.pop(prefix + LEGACY_PSI)
+            found = [own]
+        self._sentinel_seen_in = None
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        others = [key for key in found if key != own]
+        if others:
+            errors.append(self.refusal(others[0].removeprefix(prefix)))
+            missing[:] = [key for key in missing if key != own]
+            unexpected[:] = [key for key in unexpected if key not in others]
+
+    def see_sentinel(self, errors: list[str]) -> None:
+        """Note that the state dict that is being loaded has this map's sentinel, which tells of an array that is named
+        as in older formats. ``errors`` is the list of the one call of load_state_dict, and so stands for it."""
+        self._sentinel_seen_in = errors
+
+    def refusal(self, name: str) -> str:
+        """Why an array called ``name`` can't be this bank's, and what to do."""
+        if name == LEGACY_PSI:
+            return (
+                f"the shared array {name!r}, written by an older version of hf_rps, does not name its map, and nothing "
+                f"beside it tells whether it is this model's, {self.weight_map.fingerprint}. Load the checkpoint with "
+                f"from_pretrained; or, if you know that it is, call the array {self.psi_name!r} in the state dict"
+            )
+        return (
+            f"the shared array {name!r} belongs to the map {name.removeprefix('psi_')}, and this model has the map "
+            f"{self.psi_name.removeprefix('psi_')} (the first digits of {self.weight_map.fingerprint}), so its numbers "
+            f"would be read in the wrong places. The map depends on the weights that a model had when it was "
+            f"compressed, not on its RPSConfig alone. Load the checkpoint with from_pretrained; or compress the model "
+            f"that is to load it to the map of the saved one: get_rps_model(model, hf_rps.get_rps_config(saved_model))"
+        )
+
     def extra_repr(self) -> str:
         return f"n={self.weight_map.n}, m={self.weight_map.m}, grad_scaling={self.grad_scaling!r}"
+
+
+class Bank(ArrayOwner):
+    """The owner in a model that was compressed by itself, without PEFT.
+
+    Attributes:
+        settings: The RPSSettings that it was made with, for checkpoints to record.
+    """
+
+    settings = None

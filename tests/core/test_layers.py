@@ -83,7 +83,7 @@ def test_double_backward():
         psi = network.bank.psi.detach().clone().requires_grad_()
 
         def with_psi(x, psi, network=network):
-            return torch.func.functional_call(network, {"bank.psi": psi}, (x,))
+            return torch.func.functional_call(network, {f"bank.{network.bank.psi_name}": psi}, (x,))
 
         (gx,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
         gx.square().sum().backward()

@@ -12,6 +12,7 @@ from transformers.quantizers import auto as quantizers
 
 from hf_rps import RPSConfig, get_rps_model
 from hf_rps.conversion import find_bank
+from hf_rps.integrations.transformers.quantizer import psi_key
 
 
 def test_load_state_dict_of_another_map_is_refused(saved, tiny):
@@ -80,11 +81,12 @@ def test_foreign_weights_are_refused(saved, tiny, tmp_path):
 
 
 def test_missing_or_bad_psi_is_refused(saved):
-    _, folder = saved
+    model, folder = saved
     whole = (folder / "model.safetensors").read_bytes()
+    key = psi_key(model, find_bank(model))
 
     def without_psi(tensors):
-        del tensors["model.rps.psi"]
+        del tensors[key]
 
     rewrite(folder, without_psi)
     refused(folder, "tensors")
@@ -92,11 +94,11 @@ def test_missing_or_bad_psi_is_refused(saved):
     refused(folder, "rps.psi")
     for value in (float("nan"), float("inf")):
         (folder / "model.safetensors").write_bytes(whole)
-        rewrite(folder, lambda t, value=value: t["model.rps.psi"].view(-1)[5:6].fill_(value))
+        rewrite(folder, lambda t, value=value: t[key].view(-1)[5:6].fill_(value))
         refused(folder, "not finite", "rps.psi")
     (folder / "model.safetensors").write_bytes(whole)
-    rewrite(folder, lambda t: t.update({"model.rps.psi": t["model.rps.psi"][:-8].clone()}))
-    refused(folder, "rps.psi", f"({find_bank(saved[0]).weight_map.m},)")
+    rewrite(folder, lambda t: t.update({key: t[key][:-8].clone()}))
+    refused(folder, "rps.psi", f"({find_bank(model).weight_map.m},)")
 
 
 def test_a_truncated_file_is_refused(saved):

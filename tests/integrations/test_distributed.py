@@ -50,7 +50,7 @@ SCRIPT = """
                 fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
             fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
         trained = [p for p in wrapped.parameters() if p.requires_grad]
-        psi = base.model.rps.psi if mode == "native" else base.rps.rps_psi["default"]
+        psi = base.model.rps.psi if mode == "native" else base.rps.rps_banks["default"].psi
         optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
         data = torch.arange(4 * 9).view(4, 9) * 7 % 50
         gradients = []

@@ -28,7 +28,7 @@ def test_adapter(case: TinyCase, mode: str, tmp_path: Path):
 
     model = get_peft_model(base, RPSConfig(ratio=0.2, mode=mode, init_weights=False)).train(case.train)
     inner = model.base_model.model
-    psi = inner.rps.rps_psi["default"]
+    psi = inner.rps.rps_banks["default"].psi
     assert psi.requires_grad
     assert sum(p.requires_grad for p in model.parameters()) == 1
     expected = outputs(inner, batch)

@@ -5,6 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft_adapters import MODES, config, equal, layers, logits, psi
 from safetensors.torch import load_file
+from sentences import TEXTS, sentence_transformer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from hf_rps import RPSConfig
@@ -90,19 +91,10 @@ def test_a_delta_on_a_quantised_base(tiny, tmp_path, bits):
 @pytest.mark.parametrize("mode", MODES)
 def test_sentence_transformers(tiny, tmp_path, mode):
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModel, PreTrainedTokenizerFast
+    from transformers import AutoModel
 
-    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2, "cat": 3, "sat": 4}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        tmp_path / "b"
-    )
-    tiny("bert", AutoModel).save_pretrained(tmp_path / "b")
-    encoder = Transformer(str(tmp_path / "b"))
-    model = SentenceTransformer(modules=[encoder, Pooling(32)], device="cpu")
-    texts = ["a cat", "a cat sat"]
+    model = sentence_transformer(tiny("bert", AutoModel), tmp_path / "b")
+    texts = TEXTS
     plain = model.encode(texts, convert_to_tensor=True)
     model.add_adapter(config(mode))
     expected = model.encode(texts, convert_to_tensor=True)

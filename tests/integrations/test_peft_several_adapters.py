@@ -65,7 +65,8 @@ def test_replacements_of_different_layers(tiny, ids):
 def test_transformers_own_adapters(tiny, ids, tmp_path, mode):
     model = tiny()
     model.add_adapter(config(mode), "a")
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["rps.rps_psi.a"]
+    (trained,) = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == f"rps.rps_banks.a.{model.rps.rps_banks['a'].psi_name}"
     expected = logits(model, ids)
     model.save_pretrained(tmp_path / "a")
     model.add_adapter(config(mode, seed=1), "b")

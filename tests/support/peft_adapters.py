@@ -23,7 +23,7 @@ def logits(model, ids):
 
 
 def psi(model, adapter="default"):
-    return next(p for name, p in model.named_parameters() if name.endswith(f"rps.rps_psi.{adapter}"))
+    return next(p for name, p in model.named_parameters() if f"rps.rps_banks.{adapter}.psi_" in name)
 
 
 def layers(model):

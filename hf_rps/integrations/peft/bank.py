@@ -1,20 +1,18 @@
 """AdapterBank: the module that owns the shared arrays of all RPS adapters of a model.
 
 PEFT saves, loads, freezes, moves and deletes adapters by walking over ``BaseTunerLayer`` modules and the containers on
-them that are keyed by adapter name. The arrays are in one such container, on one module at the root of the model;
-layers hold no parameter of an adapter, only plain references through which they look it up on every call.
+them that are keyed by adapter name. The arrays' banks are in one such container, on one module at the root of the
+model; layers hold no parameter of an adapter, only plain references to its bank.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hf_rps.mappings.weight_map import WeightMap
-from hf_rps.psi.array import SharedArray
+from hf_rps.psi.bank import ArrayOwner
 from hf_rps.psi.passes import Reading
 
 
@@ -28,26 +26,62 @@ class RPSTunerLayer(BaseTunerLayer):
         """Nothing: the array serves layers on any device, and its place is where it was made or loaded."""
 
 
-class AdapterSource:
-    """Where the layers of one adapter find its shared array: at ``bank``, under the adapter's name."""
+class AdapterArray(ArrayOwner):
+    """The owner of one adapter's array.
 
-    def __init__(self, bank: AdapterBank, adapter_name: str):
-        self.bank, self.adapter_name = bank, adapter_name
-        self.array = bank.arrays[adapter_name]
+    Args:
+        adapters: The :class:`AdapterBank` that it is in; kept unregistered.
 
-    @property
-    def psi(self) -> nn.Parameter:
-        return self.bank.rps_psi[self.adapter_name]
+    The others are those of :class:`hf_rps.psi.bank.ArrayOwner`.
+    """
 
-    def read(self, device: torch.device, dtype: torch.dtype) -> Reading:
-        return self.array.read(self.psi, device, dtype, partial(self.bank, self.adapter_name))
+    def __init__(self, adapters: AdapterBank, weight_map: WeightMap, grad_scaling: str, device=None, dtype=None):
+        super().__init__(weight_map, grad_scaling, device, dtype)
+        self.__dict__["adapters"] = adapters
+
+    def _psi_elsewhere(self) -> torch.Tensor:
+        self.adapters.end_loading()
+        return super()._psi_elsewhere()
+
+    def forward(self, device: torch.device, dtype: torch.dtype) -> Reading:
+        self.adapters.end_loading()  # in use, so nothing is being loaded
+        return super().forward(device, dtype)
+
+
+class LegacyArrays(nn.ParameterDict):
+    """By adapter, the array of one in an older format, whose name in state dicts does not tell its map.
+
+    The array is here, under its old name, while the adapter is loaded. Loaders assign what they have read: it then goes
+    to its bank, under the name that it has today.
+    """
+
+    def __init__(self, banks: nn.ModuleDict):
+        super().__init__({})
+        self.__dict__["banks"] = banks  # unregistered: they are children of the AdapterBank
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in self.__dict__.get("_parameters", ()) and isinstance(value, nn.Parameter):
+            self.hand_over(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def expect(self, name: str) -> None:
+        """Take the array of an adapter over from its bank."""
+        bank = self.banks[name]
+        self[name] = bank._parameters.pop(bank.psi_name)
+
+    def hand_over(self, name: str, psi: nn.Parameter | None = None) -> None:
+        """Give the array of an adapter, or what was loaded in its place, to its bank."""
+        bank, psi = self.banks[name], self._parameters[name] if psi is None else psi
+        del self[name]
+        bank.register_parameter(bank.psi_name, psi)
 
 
 class ExpectedMaps(nn.ParameterDict):
     """By adapter, an empty tensor whose shape names the map, there only while the adapter is loaded.
 
-    Loaders compare shapes, so the file of another map is refused. An entry that has been loaded has done its work and
-    is dropped, before anybody takes it for a parameter of the model.
+    Loaders compare shapes, so the file of another map is refused where a wrong name would be logged only. An entry that
+    has been loaded has done its work and is dropped, before anybody takes it for a parameter of the model.
     """
 
     def __setattr__(self, name: str, value) -> None:
@@ -58,73 +92,63 @@ class ExpectedMaps(nn.ParameterDict):
 
 
 class AdapterBank(nn.Module, RPSTunerLayer):
-    """Owner of the shared arrays of all adapters, at the root of the model.
+    """Owner of the banks of all adapters, at the root of the model.
 
     As a module of the forward pass, which it is if the root is an ``nn.Sequential``, it is the identity.
     """
 
-    adapter_layer_names = ("rps_psi",)
-    other_param_names = ("arrays", "rps_map")
+    adapter_layer_names = ("rps_banks",)
+    other_param_names = ("rps_psi", "rps_map")
     in_features = out_features = None  # every tuner layer has them
 
     def __init__(self):
         super().__init__()
-        self.rps_psi = nn.ParameterDict({})
+        self.rps_banks = nn.ModuleDict({})
+        self.rps_psi = LegacyArrays(self.rps_banks)
         self.rps_map = ExpectedMaps({})
-        self.arrays: dict[str, SharedArray] = {}
         self.merged_adapters: list[str] = []
 
     weight = property(lambda self: None)  # those of BaseTunerLayer look for a base layer
     bias = property(lambda self: None)
 
-    def add(self, adapter_name: str, weight_map: WeightMap, grad_scaling: str, device, dtype) -> AdapterSource:
+    def add(self, adapter_name: str, weight_map: WeightMap, grad_scaling: str, device, dtype) -> AdapterArray:
         """Make the array of an adapter, uninitialised and frozen."""
-        self.rps_psi[adapter_name] = nn.Parameter(
-            torch.empty(weight_map.m, device=device, dtype=dtype), requires_grad=False
-        )
-        self.arrays[adapter_name] = SharedArray(weight_map, grad_scaling)
-        return AdapterSource(self, adapter_name)
+        array = AdapterArray(self, weight_map, grad_scaling, device, dtype).requires_grad_(False)
+        self.rps_banks[adapter_name] = array
+        return array
 
-    def expect(self, adapter_name: str) -> None:
-        """Let loaders check that what they load was made for the map of this adapter."""
-        shape = self.arrays[adapter_name].weight_map.sentinel_shape()
+    def expect(self, adapter_name: str, legacy: bool) -> None:
+        """Let loaders check that what they load was made for the map of this adapter, and find the old name of the
+        array of a ``legacy`` one."""
+        shape = self.rps_banks[adapter_name].weight_map.sentinel_shape()
         self.rps_map[adapter_name] = nn.Parameter(torch.empty(shape), requires_grad=False)
+        if legacy:
+            self.rps_psi.expect(adapter_name)
 
-    def forget(self, adapter_name: str) -> None:
-        """Undo :meth:`expect`."""
-        if adapter_name in self.rps_map:
-            del self.rps_map[adapter_name]
+    def end_loading(self) -> None:
+        """Undo :meth:`expect` for all adapters, where loading has not."""
+        self.rps_map.clear()
+        for name in list(self.rps_psi):
+            self.rps_psi.hand_over(name)
 
-    def forward(self, x, device: torch.device | None = None, dtype: torch.dtype | None = None):
-        """Read anew the array of the adapter named ``x``: a call, so that the hooks on this module run around it."""
-        if not isinstance(x, str):
-            return x
-        self.rps_map.clear()  # in use, so nothing is being loaded
-        hook = getattr(self.rps_psi, "_hf_hook", None)  # accelerate's offloading hooks the container, never called
-        if hook is None:
-            return self.arrays[x].enter(self.rps_psi[x], device, dtype)
-        hook.pre_forward(self.rps_psi)
-        reading = self.arrays[x].enter(self.rps_psi[x], device, dtype)
-        hook.post_forward(self.rps_psi, None)
-        return reading
+    def forward(self, x):
+        return x
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Note what the layers merge, so that PEFT finds all tuner layers in one state."""
         names = self.active_adapters if adapter_names is None else adapter_names
-        self.merged_adapters += [n for n in names if n in self.rps_psi and n not in self.merged_adapters]
+        self.merged_adapters += [n for n in names if n in self.rps_banks and n not in self.merged_adapters]
 
     def unmerge(self) -> None:
         self.merged_adapters.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name in self.arrays:
-            self.arrays[adapter_name].passes.unwatch()
+        self.end_loading()
+        if adapter_name in self.rps_banks:
+            self.rps_banks[adapter_name].array.passes.unwatch()
         super().delete_adapter(adapter_name)
 
     def close(self) -> None:
         """Take the hooks of all arrays off the model."""
-        for array in self.arrays.values():
-            array.passes.unwatch()
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}: n={a.weight_map.n}, m={a.weight_map.m}" for name, a in self.arrays.items())
+        for bank in self.rps_banks.values():
+            bank.array.passes.unwatch()

@@ -185,7 +185,7 @@ class ReplaceLinear(AdapterLinear):
                 "them to run; load the base model separately, or use mode='delta'"
             )
         if len(active) > 1:
-            names = [shared.source.adapter_name for shared in active]
+            names = [name for name in self.active_adapters if name in self.shared]
             raise ValueError(f"only one RPS adapter can replace a weight at a time, got {names}; choose by set_adapter")
         if active:
             return active[0].linear(x, self.base_layer.bias, compute_dtype(x.device, x.dtype))

@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_rps.conversion import find_bank, watch_passes
 from hf_rps.initial import initialise
-from hf_rps.integrations.peft.bank import AdapterBank, AdapterSource, RPSTunerLayer
+from hf_rps.integrations.peft.bank import AdapterArray, AdapterBank, RPSTunerLayer
 from hf_rps.integrations.peft.config import RPSConfig
 from hf_rps.integrations.peft.layers import AdapterLinear, DeltaLinear, ReplaceLinear
 from hf_rps.integrations.peft.merging import WeightedAdapters
@@ -78,13 +78,6 @@ class RPSModel(WeightedAdapters, BaseTuner):
         if not candidates:
             return  # PEFT has a message for that
         weight_map = peft_config.weight_map(targets)
-        if peft_config.fingerprint not in (None, weight_map.fingerprint):
-            raise ValueError(
-                f"this adapter's config records the map {peft_config.fingerprint}, but its modules, "
-                f"ratio={peft_config.ratio!r}, seed={peft_config.seed!r}, sharing={peft_config.sharing!r}, "
-                f"mapping={peft_config.mapping!r} and sign={peft_config.sign!r} give {weight_map.fingerprint}. Its "
-                f"weights would be read in the wrong places; restore its adapter_config.json"
-            )
         if not is_explicit(peft_config):
             peft_config.target_modules = [c.name for c in candidates]
         self._candidates = {c.name: c for c in candidates}
@@ -160,26 +153,19 @@ class RPSModel(WeightedAdapters, BaseTuner):
         likes = [weight for weight in likes if weight.device.type != "meta"]  # where that of a quantised layer is
         device, dtype = (likes[0].device, likes[0].dtype) if likes else _device_and_dtype(model)
         device = torch.device("meta") if low_cpu_mem_usage else device
-        source = bank.add(adapter_name, weight_map, config.grad_scaling, device, dtype)
+        array = bank.add(adapter_name, weight_map, config.grad_scaling, device, dtype)
         if not low_cpu_mem_usage:
-            _initialise(source, candidates, config)
-        if config.modules is not None:
-            bank.expect(adapter_name)
-        source.psi.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+            _initialise(array, candidates, config)
+        array.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         for target, candidate in zip(weight_map.targets, candidates, strict=True):
             layer = model.get_submodule(candidate.name)
-            layer.shared[adapter_name] = SharedWeight(target.name, source)
-            if isinstance(layer, ReplaceLinear) and layer.shared.keys() == bank.arrays.keys():
+            layer.shared[adapter_name] = SharedWeight(target.name, array)
+            if isinstance(layer, ReplaceLinear) and layer.shared.keys() == set(bank.rps_banks):
                 layer.free_base()
-        watch_passes(model, source.array.passes)
+        watch_passes(model, array.array.passes)
+        if config.modules is not None:
+            bank.expect(adapter_name, legacy=config.format_version is None)
         config.record(weight_map)
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        bank = getattr(self.model, BANK_NAME, None)
-        trainable = bank is not None and adapter_name in bank.rps_psi and bank.rps_psi[adapter_name].requires_grad
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if bank is not None and adapter_name in bank.rps_psi:
-            bank.rps_psi[adapter_name].requires_grad_(trainable)  # PEFT makes a new parameter, which is trainable
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
         bank = getattr(self.model, BANK_NAME, None)
@@ -196,11 +182,11 @@ class RPSModel(WeightedAdapters, BaseTuner):
         """What PEFT saves of an adapter, and beside its array an empty tensor whose shape tells the map."""
         to_save = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         bank = _adapter_bank(model)
-        if bank is not None and adapter_name in bank.arrays:
-            weight_map = bank.arrays[adapter_name].weight_map
-            config.record(weight_map)  # again: the same config may have been used for another model since
-            for key in [key for key in to_save if key.endswith(f"rps_psi.{adapter_name}")]:
-                to_save[key.replace("rps_psi", "rps_map")] = torch.empty(weight_map.sentinel_shape())
+        if bank is not None and adapter_name in bank.rps_banks:
+            array = bank.rps_banks[adapter_name]
+            config.record(array.weight_map)  # again: the same config may have been used for another model since
+            for key in [key for key in to_save if key.endswith(f"rps_banks.{adapter_name}.{array.psi_name}")]:
+                to_save[f"{key.partition('rps_banks')[0]}rps_map"] = torch.empty(array.weight_map.sentinel_shape())
         return to_save
 
     @classmethod
@@ -211,19 +197,21 @@ class RPSModel(WeightedAdapters, BaseTuner):
             ValueError: The adapter's array was made for another map than this model's.
         """
         bank = _adapter_bank(model)
-        if bank is not None and adapter_name in bank.arrays:
-            bank.forget(adapter_name)
-            weight_map = bank.arrays[adapter_name].weight_map
+        if bank is not None and adapter_name in bank.rps_banks:
+            bank.end_loading()
+            array = bank.rps_banks[adapter_name]
+            state_dict = dict(state_dict)
             for key in [key for key in state_dict if key.endswith("rps_map")]:
-                shape = tuple(state_dict[key].shape)
-                if shape != weight_map.sentinel_shape():
+                shape = tuple(state_dict.pop(key).shape)
+                if shape != array.weight_map.sentinel_shape():
                     raise ValueError(
                         f"the weights of adapter {adapter_name!r} belong to the map {shape[-1]:08x}, but the model's "
-                        f"adapter has the map {weight_map.fingerprint}, so they would be read in the wrong places. The "
-                        f"file and adapter_config.json are of different adapters, or the model's adapter was made with "
-                        f"another config; load both from one folder"
+                        f"adapter has the map {array.weight_map.fingerprint}, so they would be read in the wrong "
+                        f"places. The file and adapter_config.json are of different adapters, or the model's adapter "
+                        f"was made with another config; load both from one folder"
                     )
-                state_dict = {k: v for k, v in state_dict.items() if k != key}
+                for old in [k for k in state_dict if k.endswith(".rps_psi")]:  # of an older format; its map is right
+                    state_dict[old.replace("rps_psi", f"rps_banks.{array.psi_name}")] = state_dict.pop(old)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -236,14 +224,15 @@ def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return parameter.device, parameter.dtype
 
 
-def _initialise(source: AdapterSource, candidates: list[Candidate], config: RPSConfig) -> None:
-    weight_map = source.array.weight_map
+def _initialise(bank: AdapterArray, candidates: list[Candidate], config: RPSConfig) -> None:
+    weight_map = bank.weight_map
     if config.mode == "delta" and config.init_weights:
-        nn.init.zeros_(source.psi)
+        nn.init.zeros_(bank.psi)
     elif any(candidate.stored is None for candidate in candidates):  # freed; the array will be loaded
-        nn.init.normal_(source.psi, std=weight_map.init_std)
+        nn.init.normal_(bank.psi, std=weight_map.init_std)
     else:
-        initialise(source.psi, source.array, candidates, config.init_weights)
+        named = dict(zip((target.name for target in weight_map.targets), candidates, strict=True))
+        initialise(bank.psi, bank.array, named, config.init_weights)
 
 
 def register() -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
 from hf_rps.integrations.model_card import TAGS
 from hf_rps.integrations.transformers.resizing import resize_token_embeddings
 from hf_rps.layers.base import RPSLayer
-from hf_rps.psi.bank import Bank
 
 _OWN = "rps_own_attributes"  # attribute of a marked model: what it had of _RESTORED before
+_CONFIG = "rps_config"  # attribute of a model that has got a config object of its own: that object
 # what a marked model carries: of the first two it may have had its own, which come back
 _RESTORED = ("_weight_conversions", "model_tags")
 _MARKS = (*_RESTORED, "hf_quantizer", "gather_sharded_state_dict_for_save", "quantization_method", "is_quantized",
@@ -20,19 +22,34 @@ _MARKS = (*_RESTORED, "hf_quantizer", "gather_sharded_state_dict_for_save", "qua
 
 
 def is_transformers_model(model: nn.Module) -> bool:
-    """True for models that save themselves by a config."""
-    return hasattr(model, "config") and hasattr(model, "save_pretrained")
+    """True for models that save themselves by a config (a SentenceTransformer, which has both, saves its parts)."""
+    return isinstance(model, PreTrainedModel)
 
 
-def mark(model: nn.Module, quantizer: HfQuantizer, bank: Bank) -> None:
+def is_marked(model: nn.Module) -> bool:
+    """True for a model that carries the marks of a compressed one, whether or not it is."""
+    config = getattr(model, "config", None)
+    return _OWN in model.__dict__ or any(is_recorded(c) for c in (config, *_sub_configs(config)))
+
+
+def is_recorded(config) -> bool:
+    """True for a transformers config that says that its model is compressed by hf_rps."""
+    record = getattr(config, "quantization_config", None)
+    method = record.get("quant_method") if isinstance(record, dict) else getattr(record, "quant_method", None)
+    return method == "rps"
+
+
+def _sub_configs(config) -> list:
+    return [getattr(config, key, None) for key in getattr(config, "sub_configs", None) or ()]
+
+
+def mark(model: nn.Module, quantizer: HfQuantizer) -> None:
     """Make ``model`` and its base save themselves compactly, and otherwise behave as any trainable model.
 
-    ``quantizer`` does the saving; its config records the bank's map.
+    ``quantizer`` does the saving; its config records the maps. The models' config is another object afterwards: the
+    one that they had may be that of other models.
     """
-    config = quantizer.quantization_config
-    config.record(bank.weight_map)
-    if config.save_id is None:  # it was not loaded from a compressed checkpoint, of which it has the name
-        _forget_name(model)
+    own_config(model)
     for owner in _owners(model):
         own = {name: owner.__dict__[name] for name in _RESTORED if name in owner.__dict__}
         owner.__dict__.setdefault(_OWN, own)
@@ -43,25 +60,48 @@ def mark(model: nn.Module, quantizer: HfQuantizer, bank: Bank) -> None:
         owner._resize_token_embeddings = resize_token_embeddings
         owner.quantization_method = "rps"
         owner.is_quantized = False  # nothing that transformers forbids quantized models applies here
-        owner.config.quantization_config = config
+        owner.config.quantization_config = quantizer.quantization_config
         # transformers writes them into the card of every push, where a reader can see what to import
         owner.model_tags = [*(tag for tag in owner.model_tags or () if tag not in TAGS), *TAGS]
 
 
 def unmark(model: nn.Module) -> None:
-    """Undo :func:`mark`, also on a model that came from a compressed checkpoint."""
-    for owner in _owners(model):
+    """Undo :func:`mark` on a model and on all models inside it, also on those that came from a checkpoint."""
+    for owner in [module for module in model.modules() if is_transformers_model(module) and is_marked(module)]:
         own = owner.__dict__.pop(_OWN, {})
         for name in _MARKS:
             owner.__dict__.pop(name, None)
         for name, value in own.items():
             setattr(owner, name, value)
-        for name in ("quantization_config", "_is_quantized"):
-            owner.config.__dict__.pop(name, None)
+        if any(is_recorded(config) for config in (owner.config, *_sub_configs(owner.config))):
+            own_config(owner)
+            for name in ("quantization_config", "_is_quantized"):
+                owner.config.__dict__.pop(name, None)
+        owner.__dict__.pop(_CONFIG, None)
 
 
-def _forget_name(model: nn.Module) -> None:
-    """Take from ``model`` the name of the dense checkpoint it came from, as models have none that are in no checkpoint.
+def own_config(model: nn.Module) -> None:
+    """Give ``model`` a config object of its own, without what the configs inside it say of compressed parts.
+
+    Modules inside that hold the same object, or a part of it, hold the copy's afterwards. A model around this one keeps
+    the old object.
+    """
+    if model.__dict__.get(_CONFIG) is model.config:
+        return
+    copies: dict = {}
+    config = copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        held = module.__dict__.get("config")
+        if held is not None and id(held) in copies:
+            module.config = copies[id(held)]
+    model.config = model.__dict__[_CONFIG] = config
+    for part in _sub_configs(config):
+        if is_recorded(part):
+            del part.quantization_config
+
+
+def forget_name(model: nn.Module) -> None:
+    """Take from ``model``, just compressed, the name of the dense checkpoint that it came from: it is in none any more.
 
     Others load that name again for a copy of the model (TRL its reference model) and would get the dense one. Making
     the model dense again doesn't bring the name back, since the weights are others.

@@ -1,44 +1,44 @@
-"""The ``quantization_config`` of a compressed model's config.json: what was asked for, and the map it led to."""
+"""The ``quantization_config`` of a compressed model's config.json: what was asked for, and the maps it led to."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import fields
+from dataclasses import fields, replace
 
+from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_rps.config import RPSSettings
+from hf_rps.conversion import bank_place, find_banks, shared_layers
 from hf_rps.integrations.peft.config import RPSConfig
 from hf_rps.mappings.base import Target
 from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.names import LEGACY_PSI, Place, base_prefix, psi_name
+from hf_rps.psi.bank import Bank
 
-FORMAT_VERSION = 2  # 1 left the default of init_std to be computed again, by another law
-_ADAPTER_FIELDS = ("mode", "bias")  # those that only adapters have
-_RPS_FIELDS = tuple(field.name for field in fields(RPSSettings) if field.name not in _ADAPTER_FIELDS)
+# 1 left the default of init_std to be computed again, by another law; 2 called every shared array "psi"
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)
+_OTHERS = ("mode", "bias", "modules", "fingerprint")  # those that only adapters have, and the record's own
+_RPS_FIELDS = tuple(field.name for field in fields(RPSSettings) if field.name not in _OTHERS)
+_AT_THE_BASE = Place("", "/")  # of the model that is saved: where nearly every bank is
 
 
-class RPSQuantizationConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a compressed checkpoint: an :class:`RPSConfig` and the map made with it.
+class BankRecord:
+    """One shared array in a checkpoint: an :class:`RPSConfig`, the map made with it, and where it is.
 
     Args:
         config: The RPSConfig, or None to take its fields from ``settings`` (as read from config.json).
-        settings: Fields of RPSConfig and, in a checkpoint: ``format_version``, ``n``, ``m``, ``fingerprint``,
-            ``save_id``, ``modules`` (["NAME ROWSxCOLS std STD", ...], in map order) and ``unused_modules`` (targets
-            that the saved model class does not have, such as the pooler of a masked language model).
+        settings: Fields of RPSConfig and, in a checkpoint: ``n``, ``m``, ``fingerprint``, ``modules`` (["NAME ROWSxCOLS
+            std STD", ...], in map order), ``unused_modules`` (targets that the saved model class does not have, such as
+            the pooler of a masked language model) and, unless the array is that of the saved model's base model,
+            ``base`` and ``model``: the prefixes of a :class:`hf_rps.names.Place`, relative to that base model.
     """
 
-    def __init__(self, config: RPSSettings | None = None, quant_method: str = "rps", **settings):
-        self.quant_method = quant_method
-        self.format_version = settings.pop("format_version", FORMAT_VERSION)
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"this checkpoint has RPS format_version={self.format_version!r}, and this hf_rps reads "
-                f"{FORMAT_VERSION}; install the version of hf_rps that wrote it"
-            )
+    def __init__(self, config: RPSSettings | None = None, **settings):
         self.n: int | None = settings.pop("n", None)
         self.m: int | None = settings.pop("m", None)
         self.fingerprint: str | None = settings.pop("fingerprint", None)
-        self.save_id: str | None = settings.pop("save_id", None)
         self.modules: list[str] | None = settings.pop("modules", None)
         self.unused_modules: list[str] = settings.pop("unused_modules", None) or []
         for name in ("modules", "unused_modules"):
@@ -48,24 +48,38 @@ class RPSQuantizationConfig(QuantizationConfigMixin):
                     f"quantization_config.{name} must be a list of strings, got {value!r}; restore the checkpoint's "
                     f"config.json"
                 )
+        self.place = Place(settings.pop("base", _AT_THE_BASE.base), settings.pop("model", _AT_THE_BASE.model))
+        if not (isinstance(self.place.base, str) and isinstance(self.place.model, str)):
+            raise ValueError(f"quantization_config has {self.place}; restore the checkpoint's config.json")
         unknown = sorted(set(settings) - set(_RPS_FIELDS))
         if unknown:
             raise ValueError(f"quantization_config has unknown fields {unknown}; known are {list(_RPS_FIELDS)}")
         self.rps = copy.deepcopy(config) if config is not None else RPSConfig(**settings)
 
-    def to_dict(self) -> dict:
-        checkpoint = {k: v for k, v in self.__dict__.items() if k not in ("rps", "modules") and v not in (None, [])}
-        settings = {name: copy.deepcopy(getattr(self.rps, name)) for name in _RPS_FIELDS}
-        return checkpoint | settings | ({"modules": list(self.modules)} if self.modules else {})
+    @property
+    def is_at_the_base(self) -> bool:
+        """True for the array of the saved model's own base model."""
+        return self.place.base == "" and self.place.model in ("", "/")
 
-    def to_diff_dict(self) -> dict:
-        return self.to_dict()
+    def to_dict(self) -> dict:
+        found = {name: getattr(self, name) for name in ("n", "m", "fingerprint", "unused_modules")}
+        found = {name: value for name, value in found.items() if value not in (None, [])}
+        if not self.is_at_the_base:
+            found |= {"base": self.place.base, "model": self.place.model}
+        settings = {name: copy.deepcopy(getattr(self.rps, name)) for name in _RPS_FIELDS}
+        return found | settings | ({"modules": list(self.modules)} if self.modules else {})
 
     def record(self, weight_map: WeightMap) -> None:
-        """Write the map into the config, and C as a number: its default may become another, or round differently."""
+        """Write the map into the record, and C as a number: its default may become another, or round differently."""
         self.n, self.m, self.fingerprint = weight_map.n, weight_map.m, weight_map.fingerprint
         self.rps.init_std = weight_map.init_std
         self.modules = [str(target) for target in weight_map.targets]
+
+    def settings(self) -> RPSSettings:
+        """The RPSConfig with which a dense model is compressed to the recorded map."""
+        if not self.modules:
+            return self.rps
+        return replace(self.rps, modules=list(self.modules), fingerprint=self.fingerprint)
 
     def weight_map(self) -> WeightMap:
         """Rebuild the recorded map and check it against the recorded n, m and fingerprint.
@@ -93,3 +107,76 @@ class RPSQuantizationConfig(QuantizationConfigMixin):
                     f"give {found!r}. Its weights would be read in the wrong places; restore its config.json"
                 )
         return weight_map
+
+
+class RPSQuantizationConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a compressed checkpoint: a :class:`BankRecord` for every shared array in it.
+
+    In config.json the fields of the record are those of the config itself where there is one array, in the saved
+    model's base model, as nearly always; else they are in a list, ``banks``.
+
+    Args:
+        config: The RPSConfig of a model that is to be compressed when it has been loaded.
+        settings: What config.json says: ``format_version``, ``save_id``, and the fields of one :class:`BankRecord`, or
+            ``banks`` with those of several.
+    """
+
+    def __init__(self, config: RPSSettings | None = None, quant_method: str = "rps", **settings):
+        self.quant_method = quant_method
+        self.format_version = settings.pop("format_version", FORMAT_VERSION)
+        if self.format_version not in READABLE_VERSIONS:
+            raise ValueError(
+                f"this checkpoint has RPS format_version={self.format_version!r}, and this hf_rps reads "
+                f"{READABLE_VERSIONS}; install the version of hf_rps that wrote it"
+            )
+        self.save_id: str | None = settings.pop("save_id", None)
+        banks = settings.pop("banks", None)
+        if banks is None:
+            self.banks = [BankRecord(config, **settings)]
+        elif isinstance(banks, list) and banks and all(isinstance(bank, dict) for bank in banks) and not settings:
+            self.banks = [BankRecord(**copy.deepcopy(bank)) for bank in banks]
+        else:
+            raise ValueError(
+                f"quantization_config.banks must be a list of records, with nothing beside it, got {banks!r} and "
+                f"{sorted(settings)}; restore the checkpoint's config.json"
+            )
+
+    @classmethod
+    def of(cls, model: nn.Module) -> RPSQuantizationConfig:
+        """The record of every shared array inside ``model``."""
+        config, layers = cls(), shared_layers(model)
+        config.banks = []
+        for bank in find_banks(model):
+            record = record_of(bank)
+            used = {layer.name for layer in layers.values() if layer.bank is bank}
+            record.unused_modules = [t.name for t in bank.weight_map.targets if t.name not in used]
+            record.place = bank_place(model, bank).relative_to(base_prefix(model))
+            config.banks.append(record)
+        return config
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the map, or of all maps."""
+        return ",".join(str(record.fingerprint) for record in self.banks)
+
+    def arrays(self) -> list[tuple[str, int]]:
+        """Name (without its module's) and length of every shared array in the weights files, in order."""
+        legacy = self.format_version < 3
+        return sorted((LEGACY_PSI if legacy else psi_name(r.fingerprint), r.m) for r in self.banks)
+
+    def to_dict(self) -> dict:
+        head = {"quant_method": self.quant_method, "format_version": self.format_version}
+        head |= {"save_id": self.save_id} if self.save_id else {}
+        if len(self.banks) == 1 and self.banks[0].is_at_the_base:
+            return head | self.banks[0].to_dict()
+        return head | {"banks": [record.to_dict() for record in self.banks]}
+
+    def to_diff_dict(self) -> dict:
+        return self.to_dict()
+
+
+def record_of(bank: Bank) -> BankRecord:
+    """What there is to record of a shared array, wherever it is."""
+    record = BankRecord(bank.settings)
+    record.record(bank.weight_map)
+    return record

@@ -11,16 +11,23 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_rps.config import RPSSettings
-from hf_rps.conversion import convert, find_bank, install, revert, stand_ins
-from hf_rps.integrations.transformers.marks import is_transformers_model, mark, unmark
-from hf_rps.integrations.transformers.quantization_config import FORMAT_VERSION, RPSQuantizationConfig
+from hf_rps.conversion import bank_owner, bank_place, find_banks, fit, install, revert, shared_layers, stand_ins
+from hf_rps.integrations.transformers.marks import forget_name, is_marked, is_transformers_model, mark, unmark
+from hf_rps.integrations.transformers.parts import parts_of
+from hf_rps.integrations.transformers.quantization_config import (
+    FORMAT_VERSION,
+    BankRecord,
+    RPSQuantizationConfig,
+)
 from hf_rps.integrations.transformers.weights_files import (
     check_files,
     check_gathered,
@@ -31,13 +38,17 @@ from hf_rps.integrations.transformers.weights_files import (
     whole_state,
 )
 from hf_rps.layers.base import RPSLayer
-from hf_rps.layers.kinds import Candidate, candidate_at
-from hf_rps.mappings.base import Target
-from hf_rps.mappings.weight_map import WeightMap
-from hf_rps.names import bank_prefix, base_prefix, module_name, psi_key, weight_key
+from hf_rps.layers.kinds import Candidate
+from hf_rps.names import BANK_NAME, LEGACY_PSI, Place, base_prefix, is_psi_key, weight_key
 from hf_rps.psi.bank import Bank
+from hf_rps.recorded import recorded_candidates
 
 logger = logging.getLogger(__name__)
+
+_LEAVE_SIZES = (
+    "Load the checkpoint with the class and the version of transformers that wrote it, and leave the sizes in "
+    "config.json as they were"
+)
 
 
 class _Patterns(set):
@@ -47,13 +58,25 @@ class _Patterns(set):
         return [*self, *other]
 
 
+class SaveArguments(NamedTuple):
+    """What the running call of save_pretrained was given."""
+
+    is_main_process: bool = True
+    state_dict: dict[str, Tensor] | None = None
+
+
 class RPSQuantizer(HfQuantizer):
-    """Loads and saves compressed models inside transformers' from_pretrained and save_pretrained."""
+    """Loads and saves compressed models inside transformers' from_pretrained and save_pretrained.
+
+    Attributes:
+        saving: The arguments of the running call of save_pretrained, of which transformers tells a quantizer nothing.
+    """
 
     def __init__(self, quantization_config, **kwargs):
         if isinstance(quantization_config, RPSSettings):  # from_pretrained(..., quantization_config=RPSConfig(...))
             quantization_config = RPSQuantizationConfig(quantization_config)
         super().__init__(quantization_config, **kwargs)
+        self.saving = SaveArguments()
 
     is_trainable = True
     is_qat_trainable = True
@@ -66,88 +89,68 @@ class RPSQuantizer(HfQuantizer):
         """Build the compressed layers on the meta device. A dense checkpoint is loaded first and converted after."""
         if not self.pre_quantized:
             return
-        weight_map = self.quantization_config.weight_map()
-        names = check_files(checkpoint_files, self.quantization_config) if checkpoint_files is not None else None
-        layers = self._compressed_layers(model, weight_map)
-        bank = next(iter(layers.values())).bank
-        install(model, bank, layers)
+        config = self.quantization_config
+        maps = [record.weight_map() for record in config.banks]
+        names = check_files(checkpoint_files, config) if checkpoint_files is not None else None
+        for record, weight_map in zip(config.banks, maps, strict=True):
+            _install_recorded(model, record, weight_map)
+        sentinels = sentinel_keys(model)
         if names is not None and _is_of_the_saved_class(model):
-            check_names(model, names, sentinel_key(model))
-        sentinel = re.escape(sentinel_key(model).removeprefix(base_prefix(model)))
+            check_names(model, _named_as_now(model, names, config), sentinels)
+        patterns = [re.escape(key.removeprefix(base_prefix(model))) for key in sentinels]
         ignored = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, rf"(^|\.){sentinel}$"])
+        model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, *(rf"(^|\.){key}$" for key in patterns)])
         if isinstance(device_map, dict):
-            _place_bank(model, device_map)
+            _place_banks(model, device_map)
 
-    def _compressed_layers(self, model, weight_map: WeightMap) -> dict[str, RPSLayer]:
-        config, prefix = self.quantization_config, base_prefix(model)
-        modules = dict(model.named_modules())
-        found = {t.name: candidate_at(modules, module_name(t.name, prefix)) for t in weight_map.targets}
-        missing = [name for name, found_one in found.items() if found_one is None and name not in config.unused_modules]
-        if not any(found.values()) or (missing and _is_of_the_saved_class(model)):
-            absent = missing or list(found)
-            raise ValueError(
-                f"the checkpoint shares the weights of {absent[0]!r} ({len(absent)} such in all), but "
-                f"{type(model).__name__} has no such module. Load it with the class and the version of transformers "
-                f"that wrote it, and leave the sizes in config.json as they were"
-            )
-        if missing:
-            logger.warning("%s does not use %d shared weights of the checkpoint: %s",
-                           type(model).__name__, len(missing), ", ".join(missing))  # fmt: skip
-        config.unused_modules = [name for name, candidate in found.items() if candidate is None]
-        candidates = {name: candidate for name, candidate in found.items() if candidate is not None}
-        for name, candidate in candidates.items():
-            _check_shape(model, candidate, weight_map.target(name))
-        bank = Bank(weight_map, config.rps.grad_scaling, device="meta", dtype=_target_dtype(model))
-        return stand_ins(bank, candidates)
+    def update_weight_conversions(self, weight_conversions, model=None):
+        """The renamings that loading begins with: of the array of an older format, to the name that it has here."""
+        conversions = super().update_weight_conversions(weight_conversions, *([] if model is None else [model]))
+        config = self.quantization_config
+        if self.pre_quantized and config.format_version < FORMAT_VERSION:
+            new = RPSQuantizationConfig(**(config.to_dict() | {"format_version": FORMAT_VERSION})).arrays()[0][0]
+            renaming = WeightRenaming(rf"{BANK_NAME}\.{LEGACY_PSI}$", f"{BANK_NAME}.{new}")
+            conversions = [*conversions, renaming]
+        return conversions
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
             model.is_quantized = False
-            compress(model, self.quantization_config.rps)
+            (record,) = self.quantization_config.banks
+            compress(model, record.rps)
             return
-        bank = find_bank(model)
-        offloaded = bank.psi.is_meta and getattr(bank, "_hf_hook", None) is not None
-        if not offloaded:
-            if not getattr(bank.psi, "_is_hf_initialized", False):
-                raise ValueError(
-                    f"the checkpoint has no shared array {psi_key(model)} of {bank.weight_map.m} numbers: it "
-                    f"is incomplete, or belongs to another model"
-                )
-            if not torch.isfinite(bank.psi).all():
-                raise ValueError(
-                    f"the shared array {psi_key(model)} of the checkpoint holds values that are not finite; "
-                    f"training diverged or the file is damaged. Load an earlier checkpoint"
-                )
+        for bank in find_banks(model):
+            _check_loaded(model, bank)
         for module in model.modules():  # transformers initialises layers only by class
             bias = module.bias if isinstance(module, RPSLayer) else None
             if bias is not None and not bias.is_meta and not getattr(bias, "_is_hf_initialized", False):
                 nn.init.zeros_(bias)
         _align(model)
-        mark(model, RPSQuantizer(self.quantization_config, pre_quantized=True), bank)
+        mark_whole(model)
 
     def get_state_dict_and_metadata(self, model):
-        """What save_pretrained writes: all parameters, the sentinel, and in the files' metadata what they belong to."""
-        bank = find_bank(model)
-        if bank is None:
+        """What save_pretrained writes: all parameters, a sentinel for every array, and in the files' metadata what they
+        belong to."""
+        banks = find_banks(model)
+        if not banks:
             return None, {}
-        is_main_process, given = _arguments_of_save_pretrained()
-        state = whole_state(model, is_main_process) if given is None else dict(given)
-        if not is_main_process:
+        given = self.saving.state_dict
+        state = whole_state(model, self.saving.is_main_process) if given is None else dict(given)
+        if not self.saving.is_main_process:
             return state, {}
         if given is not None and not getattr(model, "_hf_peft_config_loaded", False):
-            check_gathered(state, psi_key(model), (bank.weight_map.m,))
+            for bank in banks:
+                check_gathered(state, psi_key(model, bank), (bank.weight_map.m,))
         drop_tied(model, state)
         config = self.quantization_config
         config.save_id = content_id(state)
-        state[sentinel_key(model)] = torch.empty(bank.weight_map.sentinel_shape(), dtype=bank.psi.dtype)
-        saved = count_saved(model, state)
-        model.config.quantization_config = config
+        for bank, key in zip(banks, sentinel_keys(model), strict=True):
+            state[key] = torch.empty(bank.weight_map.sentinel_shape(), dtype=bank.psi.dtype)
         return state, {
             "rps_format_version": str(FORMAT_VERSION),
-            "rps_fingerprint": bank.weight_map.fingerprint,
+            "rps_fingerprint": config.fingerprint,
             "rps_save_id": config.save_id,
-            "rps_tensors": str(saved),
+            "rps_tensors": str(count_saved(model, state)),
         }
 
     def _dequantize(self, model, dtype=None):
@@ -155,43 +158,88 @@ class RPSQuantizer(HfQuantizer):
         return model
 
 
-def _arguments_of_save_pretrained() -> tuple[bool, dict[str, Tensor] | None]:
-    """``is_main_process`` and ``state_dict`` of the save_pretrained call that asks the quantizer for what to write.
+def _install_recorded(model: nn.Module, record: BankRecord, weight_map) -> None:
+    """Build the layers of a recorded array, in the part of ``model`` that they are recorded for."""
+    place = record.place.inside(base_prefix(model))
+    found = recorded_candidates(model, weight_map.targets, place, _LEAVE_SIZES)
+    missing = [name for name, candidate in found.items() if candidate is None and name not in record.unused_modules]
+    if not any(found.values()) or (missing and _is_of_the_saved_class(model)):
+        absent = missing or list(found)
+        raise ValueError(
+            f"the checkpoint shares the weights of {absent[0]!r} ({len(absent)} such in all), but "
+            f"{type(model).__name__} has no such module. {_LEAVE_SIZES}"
+        )
+    if missing:
+        logger.warning("%s does not use %d shared weights of the checkpoint: %s",
+                       type(model).__name__, len(missing), ", ".join(missing))  # fmt: skip
+    candidates: dict[str, Candidate] = {name: candidate for name, candidate in found.items() if candidate is not None}
+    bank = Bank(weight_map, record.rps.grad_scaling, device="meta", dtype=_target_dtype(model))
+    bank.settings = record.rps
+    owner = None if record.is_at_the_base else model.get_submodule(place.base.removesuffix("."))
+    install(model, bank, stand_ins(bank, candidates), owner)
 
-    transformers hands on neither, and drops the state it was given. But Trainer and accelerate gather the state of a
-    sharded model beforehand and save on the main process alone, where gathering it again would wait for ever. An
-    override of save_pretrained on the model would have to hold the model, a cycle that keeps its memory.
-    """
-    frame = inspect.currentframe().f_back.f_back
-    if frame is None or frame.f_code.co_name != "save_pretrained":
-        return True, None
-    return frame.f_locals.get("is_main_process", True), frame.f_locals.get("state_dict")
+
+def _named_as_now(model: nn.Module, names: set[str], config: RPSQuantizationConfig) -> set[str]:
+    """The names of tensors in files, with that of an older format's array as it is called in ``model``."""
+    if config.format_version == FORMAT_VERSION:
+        return names
+    return {psi_key(model, find_banks(model)[0]) if is_psi_key(name) else name for name in names}
+
+
+def _check_loaded(model: nn.Module, bank: Bank) -> None:
+    """Raise a ValueError unless the array has been loaded, with finite numbers. An offloaded one can't be looked at."""
+    if bank.psi.is_meta and getattr(bank, "_hf_hook", None) is not None:
+        return
+    key = psi_key(model, bank)
+    if not getattr(bank.psi, "_is_hf_initialized", False):
+        others = [name.rpartition(".")[2] for name in _given_state_dict() if is_psi_key(name)]
+        raise ValueError(
+            f"the checkpoint has no shared array {key} of {bank.weight_map.m} numbers, as its config records it: "
+            + (bank.refusal(others[0]) if others else "it is incomplete, or belongs to another model")
+        )
+    if not torch.isfinite(bank.psi).all():
+        raise ValueError(
+            f"the shared array {key} of the checkpoint holds values that are not finite; training diverged or the file "
+            f"is damaged. Load an earlier checkpoint"
+        )
+
+
+def _given_state_dict() -> dict[str, Tensor]:
+    """The ``state_dict`` that the running from_pretrained was given, of which transformers tells a quantizer nothing;
+    for an error's text only."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "from_pretrained":
+        frame = frame.f_back
+    return (None if frame is None else frame.f_locals.get("state_dict")) or {}
 
 
 def _is_of_the_saved_class(model: nn.Module) -> bool:
     return type(model).__name__ in (getattr(model.config, "architectures", None) or ())
 
 
-def _check_shape(model: nn.Module, candidate: Candidate, target: Target) -> None:
-    """Refuse a model in which the weight that the checkpoint records as ``target`` is of another kind or shape."""
-    weight = None if candidate.kind is None else candidate.stored
-    shape = None if weight is None else tuple(candidate.weight.shape)
-    if shape != (target.out_features, target.in_features):
-        raise ValueError(
-            f"the checkpoint's shared weight {target.name!r} has shape "
-            f"{(target.out_features, target.in_features)}, but in {type(model).__name__} it is "
-            f"{shape or type(candidate.module).__name__}. Leave the sizes in config.json as they were"
-        )
+def psi_key(model: nn.Module, bank: Bank) -> str:
+    """State-dict key of the shared array of ``bank``."""
+    return f"{_bank_name(model, bank)}.{bank.psi_name}"
 
 
-def sentinel_key(model: nn.Module) -> str:
-    """Name of the empty tensor that stands in the file for one shared weight, see WeightMap.sentinel_shape.
+def _bank_name(model: nn.Module, bank: Bank) -> str:
+    owner, _ = bank_owner(model, bank)
+    return f"{owner}.{BANK_NAME}" if owner else BANK_NAME
 
-    A reader that does not know RPS finds a size mismatch there, instead of initialising a dense weight silently.
+
+def sentinel_keys(model: nn.Module) -> list[str]:
+    """For every bank, the name of the empty tensor that stands in the file for one shared weight.
+
+    A reader that does not know RPS finds a size mismatch there, instead of initialising a dense weight silently; see
+    WeightMap.sentinel_shape.
     """
-    layer = next(module for module in model.modules() if isinstance(module, RPSLayer))
-    # by the map: wrappers change the modules' names
-    return weight_key(layer.name, layer.parameter, base_prefix(model))
+    layers, keys = list(shared_layers(model).values()), []
+    for bank in find_banks(model):
+        layer = next(layer for layer in layers if layer.bank is bank)
+        place: Place = bank_place(model, bank)
+        # by the map: wrappers change the modules' names
+        keys.append(weight_key(place.module_name(layer.name), layer.parameter))
+    return keys
 
 
 def _target_dtype(model: nn.Module) -> torch.dtype:
@@ -208,28 +256,65 @@ def _align(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _place_bank(model: nn.Module, device_map: dict) -> None:
-    """Give the bank a place in a device map that was written for the dense model: beside its first layer."""
-    name = bank_prefix(model)
-    if any(key == "" or name == key or name.startswith(f"{key}.") for key in device_map):
-        return
-    first = sentinel_key(model)
-    owners = [key for key in device_map if first.startswith(f"{key}.")]
-    if owners:
-        device_map[name] = device_map[max(owners, key=len)]
+def _place_banks(model: nn.Module, device_map: dict) -> None:
+    """Give the banks a place in a device map that was written for the dense model: each beside its first layer."""
+    for bank, first in zip(find_banks(model), sentinel_keys(model), strict=True):
+        name = _bank_name(model, bank)
+        if any(key == "" or name == key or name.startswith(f"{key}.") for key in device_map):
+            continue
+        owners = [key for key in device_map if first.startswith(f"{key}.")]
+        if owners:
+            device_map[name] = device_map[max(owners, key=len)]
+
+
+def mark_whole(model: nn.Module) -> None:
+    """Let ``model``, one of transformers', save itself and every shared array inside it compactly."""
+    mark(model, RPSQuantizer(RPSQuantizationConfig.of(model), pre_quantized=True))
 
 
 def compress(model: nn.Module, settings: RPSSettings) -> None:
-    """Convert ``model`` in place and, if it is one of transformers', let it save itself compactly."""
-    bank = convert(model, settings)
-    if is_transformers_model(model):
-        mark(model, RPSQuantizer(RPSQuantizationConfig(settings), pre_quantized=True), bank)
+    """Convert ``model``, or the models inside it, in place and, where they are transformers' models, let them save
+    themselves compactly. All parts are fitted before the first is changed."""
+    for fitted in [fit(part, settings, candidates) for part, candidates in parts_of(model, settings)]:
+        fitted.install()
+        if is_transformers_model(fitted.model):
+            mark_whole(fitted.model)
+    forget_name(model)
+
+
+def compress_as_recorded(model: nn.Module, config: RPSQuantizationConfig) -> None:
+    """Convert a dense ``model`` with the maps that the ``config`` of another one records."""
+    for record in config.banks:
+        place = record.place.inside(base_prefix(model))
+        part = model if record.is_at_the_base else model.get_submodule(place.model.removesuffix("."))
+        fit(part, record.settings()).install()
+    mark_whole(model)
+    forget_name(model)
 
 
 def decompress(model: nn.Module) -> None:
-    """Undo :func:`compress`."""
+    """Undo :func:`compress`, for every part that is compressed."""
     revert(model)
-    if is_transformers_model(model):
+    unmark(model)
+
+
+def prepare_to_save(model: nn.Module) -> None:
+    """Mark ``model`` as what it is now, whatever has been put into it or taken out of it since.
+
+    Raises:
+        ValueError: It is a part of a compressed model, whose shared array is outside.
+    """
+    banks, layers = find_banks(model), shared_layers(model)
+    outside = next((name for name, layer in layers.items() if layer.bank not in banks), None)
+    if outside is not None:
+        raise ValueError(
+            f"this {type(model).__name__} can't be saved by itself: {outside!r} reads a shared array that belongs to "
+            f"the model around it. Save that model; or compress this part by itself, get_rps_model(part, config), so "
+            f"that it has an array of its own; or save it dense, after hf_rps.to_dense on the whole model"
+        )
+    if banks:
+        mark_whole(model)
+    elif is_marked(model):
         unmark(model)
 
 

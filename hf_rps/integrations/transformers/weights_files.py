@@ -111,12 +111,14 @@ def check_files(files: list[str], config: RPSQuantizationConfig) -> set[str]:
         expected = metadata.get("rps_tensors")
     if str(len(names)) != expected:
         raise ValueError(f"the checkpoint holds {len(names)} tensors of {expected} in {len(files)} files. {remedy}")
-    if list(arrays.values()) != [(config.m,)]:
-        raise ValueError(f"the checkpoint needs one {BANK_NAME}.psi of shape {(config.m,)}, but has {arrays}. {remedy}")
+    found = sorted((key.rpartition(".")[2], *shape) for key, shape in arrays.items())
+    if found != config.arrays():
+        wanted = ", ".join(f"{BANK_NAME}.{name} of shape {(m,)}" for name, m in config.arrays())
+        raise ValueError(f"the checkpoint needs the shared arrays {wanted}, but has {arrays}. {remedy}")
     return names
 
 
-def check_names(model: nn.Module, names: set[str], sentinel: str) -> None:
+def check_names(model: nn.Module, names: set[str], sentinels: list[str]) -> None:
     """Refuse files whose tensors are not those of ``model``, which is of the class that saved them.
 
     A parameter without a tensor would be drawn at random. That can be meant (a pooler that the saved model was built
@@ -125,7 +127,7 @@ def check_names(model: nn.Module, names: set[str], sentinel: str) -> None:
 
     Args:
         model: The model with its compressed layers, on whatever device.
-        names: Of the tensors in the files; ``sentinel`` is the empty one among them.
+        names: Of the tensors in the files; ``sentinels`` are the empty ones among them.
 
     Raises:
         ValueError: config.json was changed, or a name in a file is damaged.
@@ -137,7 +139,7 @@ def check_names(model: nn.Module, names: set[str], sentinel: str) -> None:
         for name, _ in model.named_parameters(remove_duplicate=False)
         if name not in names | made_elsewhere and not any(re.search(pattern, name) for pattern in patterns)
     ]
-    unexpected = names - {sentinel} - set(model.state_dict())
+    unexpected = names - set(sentinels) - set(model.state_dict())
     layers = {_without_index(name) for name in names}
     lost = [name for name in missing if unexpected or _without_index(name) in layers]
     if lost:
