@@ -2,6 +2,7 @@
 
 from hf_rps.integrations.hub import push_to_hub
 from hf_rps.integrations.peft import model as _peft
+from hf_rps.integrations.peft import on_compressed as _on_compressed
 from hf_rps.integrations.peft.config import RPSConfig
 from hf_rps.integrations.transformers import quantizer as _quantizer
 from hf_rps.integrations.transformers import saving as _saving
@@ -23,3 +24,4 @@ __all__ = [
 _quantizer.register()
 _saving.register()
 _peft.register()
+_on_compressed.register()

@@ -29,7 +29,7 @@ _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _FIRST_LINES = 20
 _NOTE = """\
 **Import `hf_rps` before you load this model**: its weights are shared, and without hf_rps, transformers stops with a \
-size mismatch error.
+size mismatch error. With `ignore_mismatched_sizes=True` it would not stop: it would draw them at random and only warn.
 
 ```python
 {snippet}

@@ -36,8 +36,25 @@ def cast_to_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def takes_plain_path() -> bool:
-    """True where custom autograd nodes can't be used: under torch.compile, torch.export and torch.func."""
-    return torch.compiler.is_compiling() or internals.is_transformed()
+    """True where custom autograd nodes can't be used: in torch.compile, torch.export, torch.func and torch.jit.trace.
+
+    Raises:
+        RuntimeError: Under the ONNX exporter that is made of torch.jit.trace, which writes every weight out in full, or
+            fails at what makes it.
+    """
+    return torch.compiler.is_compiling() or internals.is_transformed() or _is_traced()
+
+
+def _is_traced() -> bool:
+    if not torch.jit.is_tracing():
+        return False
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "the TorchScript exporter (torch.onnx.export(..., dynamo=False)) can't export a compressed model: it would "
+            "write every weight out in full. Pass dynamo=True (it needs the package onnxscript), or export "
+            "hf_rps.to_dense(model)"
+        )
+    return True
 
 
 class SharedWeight:
@@ -62,13 +79,14 @@ class SharedWeight:
         x (..., in_features) is of that dtype, or is cast to it where autocast is on.
         """
         x = cast_to_autocast(x, dtype)
-        product = self.source.array.choose(self.products, x)
+        choose = self.source.array.choose
         if not takes_plain_path():
+            product = choose(self.products, x)
             psi, buffer = self.source.read(x.device, dtype)
             return shared_linear(x, psi, bias, product, buffer)
-        psi = self.source.array.plain(self.source.psi, x.device, dtype)
+        psi = self._plain_psi(x.device, dtype)
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            return product.traced(x, psi, None if bias is None else bias.to(dtype))
+            return choose(self.products, x).traced(x, psi, None if bias is None else bias.to(dtype))
         # not what the product reads: the gradient of every view of psi would be an array of the size of psi
         return linear_by_definition(x, psi, bias, self.matrix)
 
@@ -80,9 +98,26 @@ class SharedWeight:
     def materialise(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """W (out_features, in_features) on ``device`` in ``dtype``, made whole; differentiable in psi."""
         if takes_plain_path():
-            return self.matrix.weight(self.source.array.plain(self.source.psi, device, dtype))
+            return self.matrix.weight(self._plain_psi(device, dtype))
         psi, buffer = self.source.read(device, dtype)
         return shared_weight(psi, self.matrix, buffer)
+
+    def _plain_psi(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """psi (m,) for the plain path.
+
+        Raises:
+            RuntimeError: torch.jit.trace records a pass that is to be trained. It would lose the divisor of psi's
+                gradient, without a word.
+        """
+        psi = self.source.psi
+        if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+            if torch.is_grad_enabled() and psi.requires_grad:
+                raise RuntimeError(
+                    "torch.jit.trace records a compressed model for inference only: trace it under torch.no_grad(). "
+                    "To train it faster, use torch.compile"
+                )
+            psi = psi.detach()  # so that the traced module gives it no gradient either
+        return self.source.array.plain(psi, device, dtype)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W where psi is, in ``dtype`` or else in that of psi."""

@@ -19,6 +19,7 @@ from hf_rps.initial import initialise
 from hf_rps.integrations.peft.bank import AdapterArray, AdapterBank, RPSTunerLayer
 from hf_rps.integrations.peft.config import RPSConfig
 from hf_rps.integrations.peft.layers import AdapterLinear, DeltaLinear, ReplaceLinear
+from hf_rps.integrations.peft.merging import WeightedAdapters
 from hf_rps.integrations.peft.peft_type import RPS
 from hf_rps.integrations.peft.targets import adapter_targets
 from hf_rps.layers.kinds import Candidate
@@ -27,7 +28,7 @@ from hf_rps.psi.weight import SharedWeight
 from hf_rps.targets import is_explicit
 
 
-class RPSModel(BaseTuner):
+class RPSModel(WeightedAdapters, BaseTuner):
     """The tuner: a model some of whose linear layers read RPS adapters.
 
     ``RPSConfig(mode="replace")`` (default) puts shared weights in the place of the dense ones, which are freed;

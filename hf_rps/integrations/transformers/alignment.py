@@ -1,8 +1,8 @@
 """Where tensors lie: at addresses from which a matrix product reads alike, in memory and already in the file.
 
 The last bit of a CPU matrix product depends on the address that it reads from, and reloaded outputs must be bit-equal.
-safetensors maps a file into memory, so a tensor's address is its place in the file. The header before the data is padded
-so that the most bytes lie at good addresses; what does not is copied after loading.
+safetensors maps a file into memory, so a tensor's address is its place in the file. The header before the data is
+padded so that the most bytes lie at good addresses; what does not is copied after loading.
 """
 
 from __future__ import annotations

@@ -10,13 +10,15 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
 from hf_rps.integrations.model_card import TAGS
+from hf_rps.integrations.transformers.resizing import resize_token_embeddings
+from hf_rps.layers.base import RPSLayer
 
 _OWN = "rps_own_attributes"  # attribute of a marked model: what it had of _RESTORED before
 _CONFIG = "rps_config"  # attribute of a model that has got a config object of its own: that object
 # what a marked model carries: of the first two it may have had its own, which come back
 _RESTORED = ("_weight_conversions", "model_tags")
 _MARKS = (*_RESTORED, "hf_quantizer", "gather_sharded_state_dict_for_save", "quantization_method", "is_quantized",
-          "_keys_to_ignore_on_load_unexpected")  # fmt: skip
+          "_keys_to_ignore_on_load_unexpected", "_resize_token_embeddings")  # fmt: skip
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -55,6 +57,7 @@ def mark(model: nn.Module, quantizer: HfQuantizer) -> None:
         owner._weight_conversions = []
         owner.hf_quantizer = quantizer
         owner.gather_sharded_state_dict_for_save = _keep_state
+        owner._resize_token_embeddings = resize_token_embeddings
         owner.quantization_method = "rps"
         owner.is_quantized = False  # nothing that transformers forbids quantized models applies here
         owner.config.quantization_config = quantizer.quantization_config
@@ -95,6 +98,17 @@ def own_config(model: nn.Module) -> None:
     for part in _sub_configs(config):
         if is_recorded(part):
             del part.quantization_config
+
+
+def forget_name(model: nn.Module) -> None:
+    """Take from ``model``, just compressed, the name of the dense checkpoint that it came from: it is in none any more.
+
+    Others load that name again for a copy of the model (TRL its reference model) and would get the dense one. Making
+    the model dense again doesn't bring the name back, since the weights are others.
+    """
+    for module in model.modules():
+        if is_transformers_model(module) and any(isinstance(inner, RPSLayer) for inner in module.modules()):
+            module.name_or_path = module.config.name_or_path = ""
 
 
 def _keep_state(model: nn.Module, state: dict[str, Tensor], *args, **kwargs) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from hf_rps.conversion import bank_owner, bank_place, find_banks, fit, install, 
 from hf_rps.initial import array_dtype
 from hf_rps.integrations.transformers.alignment import PADDING, align, padding
 from hf_rps.integrations.transformers.dtypes import apply_dtype_plan
-from hf_rps.integrations.transformers.marks import is_marked, is_transformers_model, mark, unmark
+from hf_rps.integrations.transformers.marks import forget_name, is_marked, is_transformers_model, mark, unmark
 from hf_rps.integrations.transformers.parts import parts_of
 from hf_rps.integrations.transformers.quantization_config import (
     FORMAT_VERSION,
@@ -272,6 +272,7 @@ def compress(model: nn.Module, settings: RPSSettings) -> None:
         fitted.install()
         if is_transformers_model(fitted.model):
             mark_whole(fitted.model)
+    forget_name(model)
 
 
 def compress_as_recorded(model: nn.Module, config: RPSQuantizationConfig) -> None:
@@ -281,6 +282,7 @@ def compress_as_recorded(model: nn.Module, config: RPSQuantizationConfig) -> Non
         part = model if record.is_at_the_base else model.get_submodule(place.model.removesuffix("."))
         fit(part, record.settings()).install()
     mark_whole(model)
+    forget_name(model)
 
 
 def decompress(model: nn.Module) -> None:

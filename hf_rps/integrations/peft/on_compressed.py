@@ -1,0 +1,92 @@
+"""Other PEFT methods on a compressed model: refused before anything changes, where they would reach for shared layers.
+
+PEFT knows layers by their class. Some methods raise in the middle of their work at one that they don't know, some
+replace it by a copy of their own, and ``target_modules="all-linear"`` passes shared layers by without a word.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
+
+from hf_rps.integrations.peft.model import RPSModel
+from hf_rps.layers.base import RPSLayer
+
+_REMEDY = (
+    "Train it as it is: its shared array is as small as an adapter. Or adapt the dense model, with any PEFT method or "
+    "with RPSConfig(mode='delta'); hf_rps.to_dense(model) makes this one dense"
+)
+
+
+def register() -> None:
+    """Let every tuner look at the model first, once per process. PEFT has no hook of its own for that."""
+    inject = BaseTuner.inject_adapter
+    if getattr(inject, "knows_rps", False):
+        return
+
+    @functools.wraps(inject)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        if not isinstance(self, RPSModel):  # which refuses compressed models itself
+            check(self, model, self.peft_config[adapter_name], kwargs.get("state_dict"))
+        return inject(self, model, adapter_name, *args, **kwargs)
+
+    inject_adapter.knows_rps = True
+    BaseTuner.inject_adapter = inject_adapter
+
+
+def check(
+    tuner: BaseTuner, model: nn.Module, config: PeftConfig, state_dict: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Refuse ``config`` where it chooses layers of ``model`` that read a shared array.
+
+    ``state_dict``, where it is given, chooses the layers by its keys instead. Layers of a kind for which the user has
+    given LoRA a class are left to it (``LoraConfig._register_custom_module``).
+
+    Raises:
+        ValueError: It does; the message names the method, the layers and what to do instead.
+    """
+    shared = {name: module for name, module in model.named_modules() if isinstance(module, RPSLayer)}
+    custom = tuple(getattr(config, "_custom_modules", None) or ())
+    shared = {name: module for name, module in shared.items() if not isinstance(module, custom)}
+    if not shared:
+        return
+    method = getattr(config.peft_type, "value", config.peft_type)
+    what = f"{len(shared)} layers of this {type(model).__name__} share one array (get_rps_model)"
+    chosen = getattr(config, "target_modules", None)
+    if isinstance(chosen, str) and chosen.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        raise ValueError(
+            f"target_modules={chosen!r} of {method} would pass by all layers that are compressed: {what}, and PEFT "
+            f"finds only those that were left dense. {_REMEDY}. To adapt layers that were left dense, name them"
+        )
+    reached = _named_by(state_dict, method, shared) if state_dict is not None else _chosen(tuner, model, config, shared)
+    if reached:
+        raise ValueError(
+            f"{method} can't adapt {reached[0]!r}, {len(reached)} such layers in all: {what}, so they have no weights "
+            f"of their own. {_REMEDY}"
+        )
+
+
+def _chosen(tuner: BaseTuner, model: nn.Module, config: PeftConfig, shared: dict[str, RPSLayer]) -> list[str]:
+    """The shared layers that ``config`` would reach, by PEFT's own rules."""
+    if not hasattr(config, "target_modules"):
+        return []
+    try:  # on a copy: it writes the method's default for this model into the config
+        config = tuner._prepare_adapter_config(copy.deepcopy(config), tuner.get_model_config(model))
+    except ValueError:  # PEFT will say so itself
+        return []
+    if not config.target_modules:
+        return []
+    return [name for name in shared if tuner._check_target_module_exists(config, name)]
+
+
+def _named_by(state_dict: dict[str, torch.Tensor], method: str, shared: dict[str, RPSLayer]) -> list[str]:
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(method, "")
+    names = {key.rsplit(f".{prefix}", 1)[0] for key in state_dict}
+    return [name for name in shared if name in names]
