@@ -7,11 +7,12 @@ import pytest
 import torch
 from checkpoints import edit_config, equal, rewrite
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers import auto as quantizers
 
-from hf_rps import RPSConfig, get_rps_model
+from hf_rps import RPSConfig, get_rps_model, to_dense
 from hf_rps.conversion import find_bank
+from hf_rps.integrations.transformers.quantization_config import GUARD
 from hf_rps.integrations.transformers.quantizer import psi_key
 
 
@@ -32,9 +33,38 @@ def without_hf_rps(monkeypatch):
 
 
 @pytest.mark.parametrize("load", [AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification])
-def test_a_reader_without_hf_rps_gets_an_error(saved, without_hf_rps, load):
+@pytest.mark.parametrize("options", [{}, {"ignore_mismatched_sizes": True}, {"use_safetensors": True}])
+def test_a_reader_without_hf_rps_gets_an_error(saved, without_hf_rps, load, options):
+    """Also with the flag that the example scripts of transformers have."""
+    with pytest.raises(OSError, match="import-hf_rps-before-loading"):
+        load.from_pretrained(saved[1], **options)
+
+
+def test_a_reader_without_hf_rps_of_an_older_checkpoint(saved, without_hf_rps):
+    """Without the name of files that don't exist the empty tensor in place of a weight stops a reader."""
+    file = saved[1] / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("transformers_weights") == GUARD
+    file.write_text(json.dumps(config))
     with pytest.raises(RuntimeError):
-        load.from_pretrained(saved[1])
+        AutoModelForCausalLM.from_pretrained(saved[1])
+
+
+def test_the_guard_is_in_files_only(saved, ids, tmp_path):
+    model, folder = saved
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    for config in (model.config, loaded.config):
+        assert not hasattr(config, "transformers_weights")
+        assert "transformers_weights" not in config.to_dict()
+    read = AutoConfig.from_pretrained(folder)  # a config that was read by itself has it
+    assert read.transformers_weights == GUARD
+    again = AutoModelForCausalLM.from_pretrained(folder, config=read)
+    equal(again(ids).logits, loaded(ids).logits)
+    equal(AutoModelForCausalLM.from_pretrained(folder, config=loaded.config)(ids).logits, loaded(ids).logits)
+    fresh = to_dense(AutoModelForCausalLM.from_config(read))
+    fresh.save_pretrained(tmp_path / "dense")
+    assert "transformers_weights" not in (tmp_path / "dense" / "config.json").read_text()
+    equal(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(ids).logits, fresh.eval()(ids).logits)
 
 
 def refused(folder, *parts, error=ValueError):

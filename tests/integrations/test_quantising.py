@@ -38,9 +38,6 @@ def test_a_tool_that_is_told_to_take_shared_layers_is_refused(tiny):
         layer.weight = nn.Parameter(torch.zeros(layer.weight_shape))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="transformers says to pass 'the same quantization config class', which is no help"
-)
 @pytest.mark.parametrize("config", [RPSConfig(ratio=0.1), transformers.BitsAndBytesConfig(load_in_8bit=True)])
 def test_a_compressed_checkpoint_takes_no_other_config(tiny, tmp_path, config):
     get_rps_model(tiny(), RPSConfig(ratio=0.3)).save_pretrained(tmp_path)

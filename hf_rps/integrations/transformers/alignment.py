@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
-from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 ALIGNMENT = 64  # bytes: that of torch's own memory, and of a cache line
@@ -27,20 +26,17 @@ def align(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def padding(state: Mapping[str, Tensor], metadata: Mapping[str, str], max_shard_size: int | str) -> str:
-    """The metadata entry with which most bytes of the files that ``state`` is written to lie at good addresses.
+def padding(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """The metadata entry with which most bytes of the file that ``state`` is written to lie at good addresses.
+
+    Of a model in several files, whose metadata are the same, what lies elsewhere is copied after loading.
 
     Args:
         state: What is written, without copies of tied tensors.
-        metadata: The rest of every file's metadata.
-        max_shard_size: As in save_pretrained. Several files have the same metadata, so one padding must do for all.
+        metadata: The rest of the file's metadata.
     """
-    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
-    files = [_layout([(name, state[name]) for name in names]) for names in split.filename_to_tensors.values()]
-    bad = {
-        length: sum(_misplaced(layout, metadata | {PADDING: " " * length}) for layout in files)
-        for length in range(0, ALIGNMENT, _STEP)
-    }
+    layout = _layout(state.items())
+    bad = {length: _misplaced(layout, {**metadata, PADDING: " " * length}) for length in range(0, ALIGNMENT, _STEP)}
     return " " * min(bad, key=bad.get)
 
 

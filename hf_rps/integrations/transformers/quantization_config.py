@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import re
 from dataclasses import fields, replace
+from pathlib import Path
 
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -11,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_rps.config import RPSSettings
 from hf_rps.conversion import bank_place, find_banks, shared_layers
 from hf_rps.integrations.peft.config import RPSConfig
+from hf_rps.integrations.transformers.callers import local_of
 from hf_rps.mappings.base import Target
 from hf_rps.mappings.weight_map import WeightMap
 from hf_rps.names import LEGACY_PSI, Place, base_prefix, psi_name
@@ -19,6 +24,9 @@ from hf_rps.psi.bank import Bank
 # 1 left the default of init_std to be computed again, by another law; 2 called every shared array "psi"
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (2, 3)
+# The name of weights that do not exist, for config.json's transformers_weights: readers without hf_rps, which would go
+# on with random weights where ignore_mismatched_sizes=True defeats the sentinel, stop with an error that says this name
+GUARD = "import-hf_rps-before-loading.safetensors"
 _OTHERS = ("mode", "bias", "modules", "fingerprint")  # those that only adapters have, and the record's own
 _RPS_FIELDS = tuple(field.name for field in fields(RPSSettings) if field.name not in _OTHERS)
 _AT_THE_BASE = Place("", "/")  # of the model that is saved: where nearly every bank is
@@ -117,9 +125,15 @@ class RPSQuantizationConfig(QuantizationConfigMixin):
 
     Args:
         config: The RPSConfig of a model that is to be compressed when it has been loaded.
-        settings: What config.json says: ``format_version``, ``save_id``, and the fields of one :class:`BankRecord`, or
-            ``banks`` with those of several.
+        settings: What config.json says: ``format_version``, ``save_id``, ``variants`` (the same by the variant of
+            weights files beside the others, such as "fp16"), and the fields of one :class:`BankRecord`, or ``banks``
+            with those of several.
+
+    Attributes:
+        is_being_saved: Whether save_pretrained of the model is running.
     """
+
+    is_being_saved = False
 
     def __init__(self, config: RPSSettings | None = None, quant_method: str = "rps", **settings):
         self.quant_method = quant_method
@@ -130,6 +144,12 @@ class RPSQuantizationConfig(QuantizationConfigMixin):
                 f"{READABLE_VERSIONS}; install the version of hf_rps that wrote it"
             )
         self.save_id: str | None = settings.pop("save_id", None)
+        self.variants: dict[str, str] = settings.pop("variants", None) or {}
+        if not (isinstance(self.variants, dict) and all(isinstance(v, str) for v in self.variants.values())):
+            raise ValueError(
+                f"quantization_config.variants must be ids by name, got {self.variants!r}; restore the checkpoint's "
+                f"config.json"
+            )
         banks = settings.pop("banks", None)
         if banks is None:
             self.banks = [BankRecord(config, **settings)]
@@ -159,6 +179,46 @@ class RPSQuantizationConfig(QuantizationConfigMixin):
         """That of the map, or of all maps."""
         return ",".join(str(record.fingerprint) for record in self.banks)
 
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """Of what config.json says.
+
+        Raises:
+            ValueError: from_pretrained of a compressed checkpoint was given a quantization config, too.
+        """
+        given = local_of("merge_quantization_configs", "quantization_config_from_args")
+        if given is not None:
+            raise ValueError(
+                f"this checkpoint is compressed already, and from_pretrained got a {type(given).__name__} for it. Load "
+                f"it without quantization_config; to compress or quantise it anew, load it, call "
+                f"hf_rps.to_dense(model), and save the dense model first"
+            )
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+    def get(self, name: str, default=None):
+        """A field as config.json has it: transformers asks the config of a model in memory as it asks a dictionary."""
+        return self.to_dict().get(name, default)
+
+    def came_from(self, checkpoint: RPSQuantizationConfig) -> None:
+        """Note which checkpoint this describes the model of: its files load with this config, too."""
+        self.format_version, self.save_id = checkpoint.format_version, checkpoint.save_id
+        self.variants = checkpoint.variants
+
+    def note_save(self, folder: str | os.PathLike | None, variant: str | None, save_id: str) -> None:
+        """Take note of a save into ``folder``, and of the variants that are there already for the same maps."""
+        there = _config_in(folder)
+        if there is not None and there.fingerprint == self.fingerprint:
+            self.save_id, self.variants = there.save_id, there.variants
+        if variant is None:
+            self.save_id = save_id
+        else:
+            self.variants = self.variants | {variant: save_id}
+
+    def save_id_of(self, file: str) -> str | None:
+        """The id of the save that a weights file should belong to, by its name."""
+        match = re.fullmatch(r"model\.(.+?)(-\d+-of-\d+)?\.safetensors", os.path.basename(file))
+        return self.save_id if match is None else self.variants.get(match[1])
+
     def arrays(self) -> list[tuple[str, int]]:
         """Name (without its module's) and length of every shared array in the weights files, in order."""
         legacy = self.format_version < 3
@@ -166,13 +226,27 @@ class RPSQuantizationConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict:
         head = {"quant_method": self.quant_method, "format_version": self.format_version}
-        head |= {"save_id": self.save_id} if self.save_id else {}
+        head |= {name: value for name in ("save_id", "variants") if (value := getattr(self, name))}
+        if self.is_being_saved:
+            # save_pretrained of a config drops the attribute, so it goes into the dictionary that is being made
+            whole = local_of("to_dict", "output")
+            if isinstance(whole, dict):
+                whole["transformers_weights"] = GUARD
         if len(self.banks) == 1 and self.banks[0].is_at_the_base:
             return head | self.banks[0].to_dict()
         return head | {"banks": [record.to_dict() for record in self.banks]}
 
     def to_diff_dict(self) -> dict:
         return self.to_dict()
+
+
+def _config_in(folder: str | os.PathLike | None) -> RPSQuantizationConfig | None:
+    """What the config.json in a folder says, or None where there is none that can be read."""
+    try:
+        text = (Path(folder) / "config.json").read_text(encoding="utf-8")
+        return RPSQuantizationConfig(**json.loads(text)["quantization_config"])
+    except (OSError, TypeError, KeyError, ValueError):
+        return None
 
 
 def record_of(bank: Bank) -> BankRecord:

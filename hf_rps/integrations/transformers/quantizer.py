@@ -8,8 +8,8 @@ the id of the save it belongs to. A checkpoint loads only if all of it fits toge
 
 from __future__ import annotations
 
-import inspect
 import logging
+import os
 import re
 from typing import NamedTuple
 
@@ -23,11 +23,13 @@ from hf_rps.config import RPSSettings
 from hf_rps.conversion import bank_owner, bank_place, find_banks, fit, install, revert, shared_layers, stand_ins
 from hf_rps.initial import array_dtype
 from hf_rps.integrations.transformers.alignment import PADDING, align, padding
+from hf_rps.integrations.transformers.callers import local_of
 from hf_rps.integrations.transformers.dtypes import apply_dtype_plan
 from hf_rps.integrations.transformers.marks import forget_name, is_marked, is_transformers_model, mark, unmark
 from hf_rps.integrations.transformers.parts import parts_of
 from hf_rps.integrations.transformers.quantization_config import (
     FORMAT_VERSION,
+    GUARD,
     BankRecord,
     RPSQuantizationConfig,
 )
@@ -64,9 +66,10 @@ class _Patterns(set):
 class SaveArguments(NamedTuple):
     """What the running call of save_pretrained was given."""
 
+    save_directory: str | os.PathLike | None = None
+    variant: str | None = None
     is_main_process: bool = True
     state_dict: dict[str, Tensor] | None = None
-    max_shard_size: int | str = "50GB"
 
 
 class RPSQuantizer(HfQuantizer):
@@ -88,6 +91,12 @@ class RPSQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+    def validate_environment(self, *args, **kwargs):
+        """Take back, before files are looked up, what keeps readers without hf_rps from going on; see GUARD."""
+        config = local_of("get_hf_quantizer", "config")
+        if getattr(config, "transformers_weights", None) == GUARD:
+            del config.transformers_weights
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
         """Build the compressed layers on the meta device. A dense checkpoint is loaded first and converted after."""
@@ -131,6 +140,7 @@ class RPSQuantizer(HfQuantizer):
                 nn.init.zeros_(bias)
         align(model)
         mark_whole(model)
+        model.config.quantization_config.came_from(self.quantization_config)
 
     def get_state_dict_and_metadata(self, model):
         """What save_pretrained writes: all parameters, a sentinel for every array, and in the files' metadata what they
@@ -146,17 +156,17 @@ class RPSQuantizer(HfQuantizer):
             for bank in banks:
                 check_gathered(state, psi_key(model, bank), (bank.weight_map.m,))
         drop_tied(model, state)
-        config = self.quantization_config
-        config.save_id = content_id(state)
+        config, save_id = self.quantization_config, content_id(state)
+        config.note_save(self.saving.save_directory, self.saving.variant, save_id)
         for bank, key in zip(banks, sentinel_keys(model), strict=True):
             state[key] = torch.empty(bank.weight_map.sentinel_shape(), dtype=bank.psi.dtype)
         metadata = {
             "rps_format_version": str(FORMAT_VERSION),
             "rps_fingerprint": config.fingerprint,
-            "rps_save_id": config.save_id,
+            "rps_save_id": save_id,
             "rps_tensors": str(count_saved(model, state)),
         }
-        return state, metadata | {PADDING: padding(state, metadata, self.saving.max_shard_size)}
+        return state, metadata | {PADDING: padding(state, metadata)}
 
     def _dequantize(self, model, dtype=None):
         decompress(model)
@@ -199,7 +209,8 @@ def _check_loaded(model: nn.Module, bank: Bank) -> None:
         return
     key = psi_key(model, bank)
     if not getattr(bank.psi, "_is_hf_initialized", False):
-        others = [name.rpartition(".")[2] for name in _given_state_dict() if is_psi_key(name)]
+        given = local_of("from_pretrained", "state_dict") or {}
+        others = [name.rpartition(".")[2] for name in given if is_psi_key(name)]
         raise ValueError(
             f"the checkpoint has no shared array {key} of {bank.weight_map.m} numbers, as its config records it: "
             + (bank.refusal(others[0]) if others else "it is incomplete, or belongs to another model")
@@ -209,15 +220,6 @@ def _check_loaded(model: nn.Module, bank: Bank) -> None:
             f"the shared array {key} of the checkpoint holds values that are not finite; training diverged or the file "
             f"is damaged. Load an earlier checkpoint"
         )
-
-
-def _given_state_dict() -> dict[str, Tensor]:
-    """The ``state_dict`` that the running from_pretrained was given, of which transformers tells a quantizer nothing;
-    for an error's text only."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_name != "from_pretrained":
-        frame = frame.f_back
-    return (None if frame is None else frame.f_locals.get("state_dict")) or {}
 
 
 def _is_of_the_saved_class(model: nn.Module) -> bool:

@@ -38,11 +38,13 @@ def _saving(original):
         if not isinstance(quantizer, RPSQuantizer):
             return original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
+        quantizer.quantization_config.is_being_saved = True
         quantizer.saving = SaveArguments(**{name: given[name] for name in SaveArguments._fields if name in given})
         try:
             return original(self, *args, **kwargs)
         finally:
             quantizer.saving = SaveArguments()
+            quantizer.quantization_config.is_being_saved = False
 
     return save_pretrained
 

@@ -104,7 +104,8 @@ def check_files(files: list[str], config: RPSQuantizationConfig) -> set[str]:
                 f"compressed model. Put the dense checkpoint's own config.json there, or the compressed weights"
             )
         for field in ("format_version", "fingerprint", "save_id"):
-            found, wanted = metadata.get(f"rps_{field}"), str(getattr(config, field))
+            found = metadata.get(f"rps_{field}")
+            wanted = str(config.save_id_of(file) if field == "save_id" else getattr(config, field))
             if found != wanted:
                 raise ValueError(f"{file} has rps_{field}={found!r}, but config.json says {wanted!r}. {remedy}")
         names.update(keys)
