@@ -7,6 +7,7 @@ from transformers import BitsAndBytesConfig
 
 from hf_rps import RPSConfig, get_rps_model, to_dense
 from hf_rps.conversion import find_bank
+from hf_rps.initial import all_finite
 
 
 @pytest.mark.parametrize(
@@ -146,3 +147,15 @@ def test_containers_and_name_clashes(tiny):
     model.model.rps = nn.Identity()
     refuses(model, RPSConfig(), "'rps'")
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 500, 999])
+def test_one_number_that_is_not_finite_is_found(dtype, value, place):
+    numbers = torch.randn(1000).to(dtype)
+    assert all_finite(numbers)
+    assert all_finite(torch.full((3, 3), torch.finfo(dtype).max, dtype=dtype))
+    numbers[place] = value
+    assert not all_finite(numbers)
+    assert not all_finite(numbers.view(10, 100).t())

@@ -10,6 +10,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from hf_rps import internals
+from hf_rps.initial import all_finite
 from hf_rps.integrations.peft.bank import RPSTunerLayer
 from hf_rps.layers.base import refuse_data_parallel
 from hf_rps.layers.kinds import kind_of
@@ -53,7 +54,7 @@ class AdapterLinear(nn.Module, RPSTunerLayer):
 
 
 def _check_finite(weight: Tensor, adapter_name: str) -> None:
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
 
 

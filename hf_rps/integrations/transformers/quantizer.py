@@ -21,7 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from hf_rps.config import RPSSettings
 from hf_rps.conversion import bank_owner, bank_place, find_banks, fit, install, revert, shared_layers, stand_ins
-from hf_rps.initial import array_dtype
+from hf_rps.initial import all_finite, array_dtype
 from hf_rps.integrations.transformers.alignment import PADDING, align, padding
 from hf_rps.integrations.transformers.callers import local_of
 from hf_rps.integrations.transformers.dtypes import apply_dtype_plan
@@ -215,7 +215,7 @@ def _check_loaded(model: nn.Module, bank: Bank) -> None:
             f"the checkpoint has no shared array {key} of {bank.weight_map.m} numbers, as its config records it: "
             + (bank.refusal(others[0]) if others else "it is incomplete, or belongs to another model")
         )
-    if not torch.isfinite(bank.psi).all():
+    if not all_finite(bank.psi):
         raise ValueError(
             f"the shared array {key} of the checkpoint holds values that are not finite; training diverged or the file "
             f"is damaged. Load an earlier checkpoint"
