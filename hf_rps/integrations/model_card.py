@@ -28,8 +28,8 @@ GENERATED = "Written by hf_rps, and rewritten when new weights are pushed. Remov
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _FIRST_LINES = 20
 _NOTE = """\
-**Import `hf_rps` before you load this model**: its weights are shared, and without hf_rps, transformers stops with a \
-size mismatch error. With `ignore_mismatched_sizes=True` it would not stop: it would draw them at random and only warn.
+**Import `hf_rps` before you load this model**: its weights are shared, and without hf_rps, transformers stops and \
+looks for a file that is called so.
 
 ```python
 {snippet}
