@@ -94,7 +94,7 @@ def test_missing_or_bad_psi_is_refused(saved):
     refused(folder, "rps.psi")
     for value in (float("nan"), float("inf")):
         (folder / "model.safetensors").write_bytes(whole)
-        rewrite(folder, lambda t, value=value: t[key].view(-1)[5:6].fill_(value))
+        rewrite(folder, lambda t, value=value: t[key].view(-1)[5:6].fill_(value), listed=True)
         refused(folder, "not finite", "rps.psi")
     (folder / "model.safetensors").write_bytes(whole)
     rewrite(folder, lambda t: t.update({key: t[key][:-8].clone()}))

@@ -19,6 +19,7 @@ from hf_rps.psi.bank import Bank
 # 1 left the default of init_std to be computed again, by another law; 2 called every shared array "psi"
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (2, 3)
+LISTED_FROM = 3  # since then every weights file carries a digest of the list of tensors
 _OTHERS = ("mode", "bias", "modules", "fingerprint")  # those that only adapters have, and the record's own
 _RPS_FIELDS = tuple(field.name for field in fields(RPSSettings) if field.name not in _OTHERS)
 _AT_THE_BASE = Place("", "/")  # of the model that is saved: where nearly every bank is

@@ -35,8 +35,8 @@ from hf_rps.integrations.transformers.weights_files import (
     check_gathered,
     check_names,
     content_id,
-    count_saved,
     drop_tied,
+    list_saved,
     whole_state,
 )
 from hf_rps.layers.base import RPSLayer
@@ -97,8 +97,8 @@ class RPSQuantizer(HfQuantizer):
         for record, weight_map in zip(config.banks, maps, strict=True):
             _install_recorded(model, record, weight_map)
         sentinels = sentinel_keys(model)
-        if names is not None and _is_of_the_saved_class(model):
-            check_names(model, _named_as_now(model, names, config), sentinels)
+        if names is not None:
+            check_names(model, _named_as_now(model, names, config), sentinels, _is_of_the_saved_class(model))
         patterns = [re.escape(key.removeprefix(base_prefix(model))) for key in sentinels]
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, *(rf"(^|\.){key}$" for key in patterns)])
@@ -152,7 +152,7 @@ class RPSQuantizer(HfQuantizer):
             "rps_format_version": str(FORMAT_VERSION),
             "rps_fingerprint": config.fingerprint,
             "rps_save_id": config.save_id,
-            "rps_tensors": str(count_saved(model, state)),
+            **list_saved(model, state),
         }
 
     def _dequantize(self, model, dtype=None):
@@ -218,7 +218,8 @@ def _given_state_dict() -> dict[str, Tensor]:
 
 
 def _is_of_the_saved_class(model: nn.Module) -> bool:
-    return type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    classes = getattr(model.config, "architectures", None)
+    return isinstance(classes, (list, tuple)) and type(model).__name__ in classes
 
 
 def psi_key(model: nn.Module, bank: Bank) -> str:
