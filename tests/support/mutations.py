@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
 import shutil
@@ -259,7 +260,7 @@ def file_mutations(folder: Path, other: Path) -> list[Mutation]:
         if (other / file).exists():
             found.append(Mutation(f"{file} of another save", lambda w, file=file: shutil.copy(other / file, w / file)))
     weights = [file for file in files if file.suffix == ".safetensors"]
-    for a, b in zip(weights, weights[1:], strict=False):
+    for a, b in itertools.pairwise(weights):
         found.append(Mutation(f"{a} and {b} exchanged", lambda where, a=a, b=b: _swap(where / a, where / b)))
         found.append(Mutation(f"{b} is {a}", lambda where, a=a, b=b: shutil.copy(where / a, where / b)))
     return found
