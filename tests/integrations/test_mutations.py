@@ -1,9 +1,9 @@
 """Whatever is changed in a saved checkpoint, it is refused with a clear error, or loads as it was saved.
 
 A field of config.json that dense models take as it is (an activation, an epsilon) does to a compressed model what it
-does to a dense one. Outside of the promise are flipped bits in the numbers of a weight, of which only the ends and what is
-not finite are noticed, and, in an adapter's file, which has no metadata of its own, tensors of one shape that exchange
-their names (biases, modules_to_save) and float16 that is called bfloat16.
+does to a dense one. Outside of the promise are flipped bits in the numbers of a weight, of which only the ends and what
+is not finite are noticed. So are, in an adapter's file, which has no metadata of its own, tensors of one shape that
+exchange their names (biases, modules_to_save) and float16 that is called bfloat16.
 """
 
 import json

@@ -211,7 +211,8 @@ class RPSModel(BaseTuner):
                     raise ValueError(
                         f"the weights of adapter {adapter_name!r} belong to the map {shape[-1]:08x}, but the model's "
                         f"adapter has the map {array.weight_map.fingerprint} and mode={config.mode!r}, so they would "
-                        f"be read in the wrong places. The file and adapter_config.json are of different adapters, or the model's adapter "
+                        f"be read in the wrong places. "
+                        f"The file and adapter_config.json are of different adapters, or the model's adapter "
                         f"was made with another config; load both from one folder"
                     )
                 for old in [k for k in state_dict if k.endswith(".rps_psi")]:  # of an older format; its map is right

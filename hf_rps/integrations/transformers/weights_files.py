@@ -1,8 +1,8 @@
 """What identifies the weights files of one save, and the check that refuses files that do not belong together.
 
 The metadata of every file name the format version, the map's fingerprint, the save (a digest of all tensors, repeated
-in config.json), and the number and a digest of the list of its tensors. An interrupted save, into a new folder or over an old checkpoint,
-leaves files that disagree with each other, with config.json or with their own headers.
+in config.json), and the number and a digest of the list of its tensors. An interrupted save, into a new folder or over
+an old checkpoint, leaves files that disagree with each other, with config.json or with their own headers.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def check_files(files: list[str], config: RPSQuantizationConfig) -> set[str]:
 
 
 def check_names(model: nn.Module, names: set[str], sentinels: list[str], same_class: bool) -> None:
-    """Refuse files whose tensors are not those of ``model``, before its parameters without a tensor are drawn at random.
+    """Refuse files whose tensors are not those of ``model``, before it draws parameters without a tensor at random.
 
     That can be meant (a new head; a pooler that the saved model was built without), but not where the files have the
     same parameter of another layer. In the class that saved them it is not meant for the output head either, nor
