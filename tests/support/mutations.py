@@ -256,7 +256,8 @@ def file_mutations(folder: Path, other: Path) -> list[Mutation]:
     files = [file for file in files if file.name != "generation_config.json"]
     found = []
     for file in files:
-        found.append(Mutation(f"{file} is missing", lambda where, file=file: (where / file).unlink()))
+        if file.name != "config.json":  # without it transformers builds a model of the default size, of billions
+            found.append(Mutation(f"{file} is missing", lambda where, file=file: (where / file).unlink()))
         if (other / file).exists():
             found.append(Mutation(f"{file} of another save", lambda w, file=file: shutil.copy(other / file, w / file)))
     weights = [file for file in files if file.suffix == ".safetensors"]
