@@ -61,14 +61,16 @@ def check_tensors(
     missing = sorted(expected - found.keys())
     embeddings = {id(p) for layer in _embeddings(model) for p in layer.parameters()}  # saved where they were resized
     allowed = {plain(key) for key, p in model.named_parameters(remove_duplicate=False) if id(p) in embeddings}
+    state = {plain(key): tensor for key, tensor in model.state_dict().items()}
+    # a bias that was trained goes where it belongs, whatever this config says of biases
+    allowed |= {key for key in state if key == "bias" or key.endswith(".bias")}
     extra = found.keys() - expected - allowed - {f"{place}rps_map"}
-    extra = sorted(key for key in extra if not (config.bias == "all" and _IN_WRAPPERS.search(key)))
+    extra = sorted(key for key in extra if not (key.endswith(".bias") and _IN_WRAPPERS.search(key)))
     what = f"needs {missing[0]!r}, which is missing" if missing else ""
     if extra:
         what += f"{' and' if what else ''} has no use for {extra[0]!r}, which is there"
         if is_psi(extra[0].rpartition(".")[2]):
             what += " and belongs to another map (the file and adapter_config.json are of different adapters)"
-    state = {plain(key): tensor for key, tensor in model.state_dict().items()}
     for key in () if what else sorted(expected):
         is_float = key not in state or state[key].is_floating_point()
         if is_float and not found[key].is_floating_point:
