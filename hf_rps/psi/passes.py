@@ -67,7 +67,9 @@ class Passes:
         self._recomputation: tuple[int, dict] = (-1, {})  # readings made inside this backward pass
 
     def __getstate__(self):
-        return {"_handles": self._handles, "before": self.before}
+        # a module that was watched may be gone: a head whose base model alone is still in use
+        handles = [handle for handle in self._handles if internals.is_hook_in_place(handle)]
+        return {"_handles": handles, "before": self.before}
 
     def __setstate__(self, state):
         self.__dict__.update(state)

@@ -189,3 +189,11 @@ def test_is_hooked():
         assert not internals.is_hooked(module)
         hook(module)
         assert internals.is_hooked(module)
+
+
+def test_is_hook_in_place():
+    module = nn.Linear(2, 2)
+    handles = [module.register_forward_hook(print, always_call=True), module.register_forward_pre_hook(print)]
+    assert [internals.is_hook_in_place(handle) for handle in handles] == [True, True]
+    del module
+    assert [internals.is_hook_in_place(handle) for handle in handles] == [False, False]

@@ -1,6 +1,7 @@
 """A loaded checkpoint under other heads, generate, pipelines, gradient checkpointing, Trainer, and made dense."""
 
 import copy
+import gc
 import json
 import pickle
 from types import SimpleNamespace
@@ -185,3 +186,45 @@ def test_a_model_from_a_gguf_file_is_float(tiny, ids, tmp_path):
     model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="other"))
     with pytest.raises(ValueError, match="is quantised with other"):
         get_rps_model(model, RPSConfig(ratio=1))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_base_whose_head_is_gone_is_copied(tiny, ids, copied):
+    """The hooks that open a pass were put on both."""
+    base = get_rps_model(tiny("llama"), RPSConfig(ratio=0.25)).model
+    gc.collect()
+    twin = copied(base)
+    equal(twin(ids).last_hidden_state, base(ids).last_hidden_state)
+    twin(ids).last_hidden_state.sum().backward()
+    assert find_bank(twin).psi.grad is not None
+    assert find_bank(base).psi.grad is None
+    assert not to_dense(twin)._forward_hooks
+
+
+def test_an_output_head_that_was_untied_is_saved(tiny, ids, tmp_path):
+    """Equal to the embeddings still, but by the config it is not tied to them when it is loaded."""
+    model = get_rps_model(tiny("gpt2"), RPSConfig(ratio=0.25))
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert loaded.lm_head.weight is not loaded.transformer.wte.weight
+    equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_resizing_the_embeddings_of_a_model_with_a_compressed_head(tiny, ids):
+    model = get_rps_model(tiny("llama"), RPSConfig(ratio=0.25, target_modules=["lm_head", "q_proj"]))
+    expected = model(ids).logits
+    for options in (
+        {"new_num_tokens": 101},
+        {"new_num_tokens": 101, "pad_to_multiple_of": 8},
+        {"pad_to_multiple_of": 8},
+    ):
+        with pytest.raises(ValueError, match=r"'/lm_head'\) is compressed and can't be resized.*to_dense.*exclude"):
+            model.resize_token_embeddings(**options)
+    assert model.resize_token_embeddings() is model.get_input_embeddings()
+    assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == 97
+    equal(model(ids).logits, expected)
+    get_rps_model(to_dense(model), RPSConfig(ratio=0.25)).resize_token_embeddings(101)
+    assert model(ids).logits.shape[-1] == 101

@@ -1,8 +1,9 @@
-"""Every save_pretrained passes here first, and models that are made from the config of a compressed one.
+"""Every save_pretrained passes here first, models that are made from the config of a compressed one, and a resize of
+the embeddings.
 
 A compressed model may be put into a model that knows nothing of it (an encoder under a head of one's own, in an
 EncoderDecoderModel, in a Llava), and transformers asks only the outermost one's quantizer what to write. There is no
-hook for that, so two methods of PreTrainedModel are wrapped when hf_rps is imported.
+hook for that, so methods of PreTrainedModel are wrapped when hf_rps is imported.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hf_rps.integrations.transformers.quantizer import (
     compress_as_recorded,
     prepare_to_save,
 )
+from hf_rps.layers.base import RPSLayer
 
 _WRAPPED = "_wrapped_by_hf_rps"
 
@@ -81,6 +83,25 @@ def _from_config(original):
     return from_config
 
 
+def _resizing(original):
+    """resize_token_embeddings: a compressed output head can't be resized, and transformers would find it out after the
+    input embeddings are."""
+
+    @functools.wraps(original)
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs):
+        head = self.get_output_embeddings()
+        changes = new_num_tokens is not None or pad_to_multiple_of is not None  # else it only gives the embeddings
+        if changes and isinstance(head, RPSLayer):
+            raise ValueError(
+                f"the output head of this {type(self).__name__} ({head.name!r}) is compressed and can't be resized with "
+                f"the embeddings. Call hf_rps.to_dense(model), resize, and compress again; or leave the head out of "
+                f"the compression (exclude_modules)"
+            )
+        return original(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+    return resize_token_embeddings
+
+
 def _wrap(cls: type, name: str, wrapper) -> None:
     """Put ``wrapper`` around a method or class method of ``cls``, once per process."""
     found = cls.__dict__[name]
@@ -96,4 +117,5 @@ def register() -> None:
     """Wrap the methods, once per process."""
     _wrap(PreTrainedModel, "save_pretrained", _saving)
     _wrap(PreTrainedModel, "_from_config", _from_config)
+    _wrap(PreTrainedModel, "resize_token_embeddings", _resizing)
     _wrap(ModelHubMixin, "save_pretrained", _saving_elsewhere)
