@@ -46,9 +46,8 @@ class WeightStandIn(Tensor):
         """
         if torch.compiler.is_compiling():
             return make().contiguous()
-        return _stand_in(
-            lambda: make().contiguous(), torch.Size(shape), dtype or like.dtype, like.device, like.requires_grad
-        )
+        make_flat = lambda: make().contiguous()  # noqa: E731
+        return _stand_in(make_flat, torch.Size(shape), dtype or like.dtype, like.device, like.requires_grad)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None) -> Any:

@@ -93,9 +93,9 @@ def _resizing(original):
         changes = new_num_tokens is not None or pad_to_multiple_of is not None  # else it only gives the embeddings
         if changes and isinstance(head, RPSLayer):
             raise ValueError(
-                f"the output head of this {type(self).__name__} ({head.name!r}) is compressed and can't be resized with "
-                f"the embeddings. Call hf_rps.to_dense(model), resize, and compress again; or leave the head out of "
-                f"the compression (exclude_modules)"
+                f"the output head of this {type(self).__name__} ({head.name!r}) is compressed and can't be resized "
+                f"with the embeddings. Call hf_rps.to_dense(model), resize, and compress again; or leave the head out "
+                f"of the compression (exclude_modules)"
             )
         return original(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
