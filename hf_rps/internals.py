@@ -81,6 +81,6 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in module.__dict__  # as accelerate's hooks put there
 
 
-def is_hook_in_place(handle: torch.utils.hooks.RemovableHandle) -> bool:
-    """False where the module that ``handle`` would remove a hook from is gone; such a handle can't be copied."""
-    return handle.hooks_dict_ref() is not None
+def hooks_of(handle: torch.utils.hooks.RemovableHandle) -> dict | None:
+    """The hooks of which ``handle`` would remove one; None where their module is gone, and it can't be copied."""
+    return handle.hooks_dict_ref()

@@ -191,9 +191,10 @@ def test_is_hooked():
         assert internals.is_hooked(module)
 
 
-def test_is_hook_in_place():
+def test_hooks_of():
     module = nn.Linear(2, 2)
     handles = [module.register_forward_hook(print, always_call=True), module.register_forward_pre_hook(print)]
-    assert [internals.is_hook_in_place(handle) for handle in handles] == [True, True]
+    assert internals.hooks_of(handles[0]) is module._forward_hooks
+    assert internals.hooks_of(handles[1]) is module._forward_pre_hooks
     del module
-    assert [internals.is_hook_in_place(handle) for handle in handles] == [False, False]
+    assert [internals.hooks_of(handle) for handle in handles] == [None, None]

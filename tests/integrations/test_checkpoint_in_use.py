@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -228,3 +230,17 @@ def test_resizing_the_embeddings_of_a_model_with_a_compressed_head(tiny, ids):
     equal(model(ids).logits, expected)
     get_rps_model(to_dense(model), RPSConfig(ratio=0.25)).resize_token_embeddings(101)
     assert model(ids).logits.shape[-1] == 101
+
+
+def test_a_compressed_head_that_the_class_ties(ids, tmp_path):
+    """T5 says that its head is tied whatever its config says; one that was untied by hand is loaded as it was."""
+    config = T5Config(vocab_size=97, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.5)
+    get_rps_model(model, RPSConfig(ratio=0.5, target_modules=["lm_head", "q"]))
+    expected = model(input_ids=ids, decoder_input_ids=ids).logits
+    for name in ("once", "again"):
+        model.save_pretrained(tmp_path / name)
+        model = T5ForConditionalGeneration.from_pretrained(tmp_path / name)
+        equal(model(input_ids=ids, decoder_input_ids=ids).logits, expected)

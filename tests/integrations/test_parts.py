@@ -1,6 +1,7 @@
 """What is compressed is what is saved: compressed models inside other models, several arrays, shared config objects."""
 
 import copy
+import gc
 import json
 
 import pytest
@@ -184,6 +185,26 @@ def test_a_part_whose_array_is_outside_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="on the whole model"):
         to_dense(model.model.language_model)
     assert len(find_banks(model)) == 1
+
+
+def test_a_base_whose_array_the_head_reads_is_not_made_dense_by_itself(tiny, ids, tmp_path):
+    """The head would go on with an array that is in no module any more."""
+    model = get_rps_model(tiny("llama"), RPSConfig(ratio=0.25, target_modules=["lm_head", "q_proj"]))
+    expected, base = outputs(model, ids), model.model
+    with pytest.raises(ValueError, match=r"read outside of it, too, by 'lm_head'.*on the whole model"):
+        to_dense(base)
+    equal(outputs(model, ids), expected)
+    del model  # nothing else reads the array now
+    gc.collect()
+    hidden = outputs(base, ids)
+    torch.testing.assert_close(outputs(to_dense(base), ids), hidden)
+
+
+def test_an_array_that_nothing_in_the_model_reads(tiny, tmp_path):
+    model = get_rps_model(tiny("llama"), RPSConfig(ratio=0.25, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match=r"no layer in it reads, only 'lm_head' of the model .* Save that model"):
+        model.model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_parts_that_were_replaced_since(ids, tmp_path):
