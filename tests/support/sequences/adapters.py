@@ -97,7 +97,7 @@ class Session:
 
 def adapter(world: World, rng: random.Random) -> None:
     """get_peft_model, some operations, merge_and_unload or unload."""
-    if not isinstance(world.model, PreTrainedModel) or find_banks(world.model):
+    if not isinstance(world.model, PreTrainedModel) or find_banks(world.model) or not _runs(world):
         return
     config = random_config(world, rng)
     config.mode = rng.choice(["delta", "replace"])
@@ -118,6 +118,16 @@ def adapter(world: World, rng: random.Random) -> None:
         SESSION[name](session, rng)
         session.check()
     _end(session, rng, frozen)
+
+
+def _runs(world: World) -> bool:
+    """False where the dense model can't run, such as in several dtypes."""
+    try:
+        with torch.no_grad():
+            run(world.twin, world.batch)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _end(session: Session, rng: random.Random, frozen: dict[str, bool]) -> None:
@@ -175,7 +185,8 @@ def disable(session: Session, rng: random.Random) -> None:
 
 def go_on_with_a_copy(session: Session, rng: random.Random) -> None:
     left, before = session.model, snapshot(session.model)
-    session.model = copy.deepcopy(left) if rng.random() < 0.5 else pickle.loads(pickle.dumps(left))
+    checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in left.modules())  # by a local hook
+    session.model = copy.deepcopy(left) if checkpoints or rng.random() < 0.5 else pickle.loads(pickle.dumps(left))
     unchanged(left, before, "the PEFT model that was left")
 
 

@@ -16,7 +16,7 @@ from hf_rps.conversion import find_banks
 from hf_rps.integrations.transformers.marks import is_recorded
 from sequences import reference
 from sequences.models import KINDS, build, run
-from sequences.reference import ROUNDING, close, demand, same, snapshot, unchanged
+from sequences.reference import ROUNDING, close, demand, snapshot, unchanged
 
 Act = Callable[[nn.Module], nn.Module]
 Psi = Callable[[list[Tensor]], list[Tensor]]
@@ -69,14 +69,14 @@ class World:
     # ---- an operation
 
     def apply(self, act: Act, twin_act: Act | None = None, *, psi: Psi = kept, leaves: bool = False,
-              refused: bool = False, tolerance: float = 0.0) -> bool:  # fmt: skip
+              refused: bool = False, tolerance: float = 0.0, psi_tolerance: float = 0.0) -> bool:  # fmt: skip
         """Do ``act`` on the model and ``twin_act`` (by default the same) on the twin, and compare.
 
         Args:
             psi: The shared arrays afterwards, but for their dtypes, from those before.
             leaves: The model is to stay as it was; the sequence goes on with what ``act`` returns.
             refused: It must end in an error.
-            tolerance: Of all other parameters and buffers.
+            tolerance: Of all other parameters and buffers; ``psi_tolerance`` of the arrays.
 
         Returns:
             Whether it was done; False where it ended in a clear error.
@@ -98,7 +98,7 @@ class World:
             unchanged(model, before, "the model that was left")
             self.bystanders.append((model, before))
         self.model = result
-        self.agree(psi(old), narrow, tolerance)
+        self.agree(psi(old), narrow, tolerance, psi_tolerance)
         return True
 
     def _judge(self, error: Exception, twin_act: Act, before: dict, seed: int) -> None:
@@ -124,13 +124,15 @@ class World:
         dtypes = {p.dtype for net in (self.model, self.twin) for p in net.parameters() if p.is_floating_point()}
         return max([ROUNDING[dtype] for dtype in dtypes])
 
-    def agree(self, psi: list[Tensor] | None, narrow: float, tolerance: float = 0.0) -> None:
+    def agree(
+        self, psi: list[Tensor] | None, narrow: float, tolerance: float = 0.0, psi_tolerance: float = 0.0
+    ) -> None:
         """Compare model and twin; then set the twin's weights to those of the definition, and compare outputs."""
         narrow = max(narrow, self.narrowest())
         self._compare_structure()
         targets = reference.targets(self.model)
         if psi is not None:
-            self._compare_psi(psi)
+            self._compare_psi(psi, psi_tolerance)
         self._compare_others(set(targets), tolerance)
         twins = dict(self.twin.named_parameters(remove_duplicate=False))
         with torch.no_grad():
@@ -161,11 +163,11 @@ class World:
             demand(not is_recorded(model.config), "a dense model says that it is compressed")
         demand(all(psi.psi.isfinite().all() for psi in banks if not psi.psi.is_meta), "psi is not finite")
 
-    def _compare_psi(self, expected: list[Tensor]) -> None:
+    def _compare_psi(self, expected: list[Tensor], tolerance: float) -> None:
         found = reference.psis(self.model)
         demand(len(found) == len(expected), f"{len(found)} shared arrays, expected {len(expected)}")
         for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-            same(one, other.to(one.dtype), f"psi of bank {i}")
+            close(one, other.to(one.dtype), tolerance, f"psi of bank {i}")
 
     def _compare_others(self, targets: set[str], tolerance: float) -> None:
         found, expected = reference.parameters(self.model), reference.parameters(self.twin, targets)
