@@ -129,7 +129,7 @@ def kept_config(model: nn.Module) -> dict | None:
     """The config without what saving writes into that of any model."""
     config = getattr(model, "config", None)
     found = {} if config is None else json.loads(config.to_json_string(use_diff=False))
-    return _without(found, ("architectures", "dtype", "_name_or_path", "save_id"))
+    return _without(found, ("architectures", "dtype", "_name_or_path", "save_id", "unused_modules"))
 
 
 _RECORD = ("quantization_config",)
