@@ -29,6 +29,7 @@ from transformers import (
 from hf_rps import RPSConfig, get_rps_config, get_rps_model, size_report, to_dense
 from hf_rps.conversion import find_banks
 from hf_rps.integrations.model_card import write_model_card
+from hf_rps.names import Place
 
 RPS = RPSConfig(ratio=0.25)
 
@@ -324,6 +325,16 @@ def test_from_config_of_a_model_with_compressed_parts(ids, tmp_path):
     fresh = Towers._from_config(Towers.config_class.from_pretrained(tmp_path)).eval()
     fresh.load_state_dict(model.state_dict())
     equal(outputs(fresh, ids), outputs(model, ids))
+
+
+def test_from_config_of_a_part_that_has_the_config_of_the_model_around_it(tmp_path):
+    model = Tagger(bert())
+    get_rps_model(model.encoder, RPS)
+    model.save_pretrained(tmp_path)
+    config = copy.deepcopy(model.config)
+    config.quantization_config.banks[0].place = Place("inner.", "inner.")
+    with pytest.raises(ValueError, match=r"array in 'inner', and BertModel has no such module.*get_rps_config"):
+        BertModel._from_config(config)
 
 
 def test_from_config_of_another_size_is_refused(tiny):

@@ -289,7 +289,14 @@ def compress_as_recorded(model: nn.Module, config: RPSQuantizationConfig) -> Non
     """Convert a dense ``model`` with the maps that the ``config`` of another one records."""
     for record in config.banks:
         place = record.place.inside(base_prefix(model))
-        part = model if record.is_at_the_base else model.get_submodule(place.model.removesuffix("."))
+        name = "" if record.is_at_the_base else place.model.removesuffix(".")
+        part = dict(model.named_modules()).get(name)
+        if part is None:
+            raise ValueError(
+                f"this config records a shared array in {name!r}, and {type(model).__name__} has no such module: it is "
+                f"the config of a model around it. Remove its quantization_config for a dense model, or use "
+                f"get_rps_model(model, hf_rps.get_rps_config(compressed_model))"
+            )
         fit(part, record.settings()).install()
     mark_whole(model)
 

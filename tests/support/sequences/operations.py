@@ -15,7 +15,7 @@ from transformers import EncoderDecoderModel, PreTrainedModel
 
 from hf_rps.conversion import find_banks, shared_layers
 from sequences.models import KINDS
-from sequences.reference import demand, differing
+from sequences.reference import demand, differing, take_over_weights, targets
 from sequences.world import World
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -140,7 +140,10 @@ def save_and_load(world: World, rng: random.Random) -> None:
             demand(cls is not type(model) or records[0] == records[1], f"the record: {differing(*records)}")
         if len(infos) == 2:  # a new head is drawn at random: take over that of the model
             missing = infos[0]["missing_keys"]
-            demand(set(missing) == set(info["missing_keys"]), f"missing: {missing}, the twin's {info['missing_keys']}")
+            held = targets(loads[0])  # an array holds its head's weight, too, where the base alone was saved
+            lost = set(info["missing_keys"]) - held.keys()
+            demand(set(missing) == lost, f"missing: {missing}, the twin's {lost}")
+            take_over_weights(loads[0], loaded)
             state = loads[0].state_dict()
             with torch.no_grad():
                 for name, tensor in loaded.state_dict().items():
