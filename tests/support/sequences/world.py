@@ -108,9 +108,8 @@ class World:
             unchanged(self.model, before, f"after a refusal ({error})")
             return
         torch.manual_seed(seed)
-        twin = copy.deepcopy(self.twin)
         try:
-            twin_act(twin)
+            twin_act(copy.deepcopy(self.twin))
         except type(error):
             # a dense model may be half changed by now, so go on with neither
             self.refusals.append(f"as the dense model: {type(error).__name__}")
