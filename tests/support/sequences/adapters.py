@@ -17,7 +17,6 @@ from hf_rps.integrations.peft.bank import AdapterArray
 from hf_rps.integrations.peft.layers import AdapterLinear
 from hf_rps.mappings import definition
 from sequences.compression import random_config
-from sequences.models import run
 from sequences.reference import (
     ROUNDING,
     adjoint,
@@ -31,7 +30,7 @@ from sequences.reference import (
     unchanged,
 )
 from sequences.training import backward
-from sequences.world import World, is_clear
+from sequences.world import World, is_clear, outputs
 
 
 class Session:
@@ -88,8 +87,7 @@ class Session:
             demand(not parameter.requires_grad or ".rps_banks." in name, f"{name} is trained")
 
     def compare(self, twin: nn.Module, tolerance: float) -> None:
-        with torch.no_grad():
-            expected, found = run(twin, self.world.batch), run(self.inner, self.world.batch)
+        expected, found = outputs(twin, self.world.batch), outputs(self.inner, self.world.batch)
         demand(found.keys() == expected.keys(), f"outputs {found.keys()}")
         for name, tensor in expected.items():
             close(found[name], tensor, tolerance, f"output {name} with an adapter")
@@ -123,8 +121,7 @@ def adapter(world: World, rng: random.Random) -> None:
 def _runs(world: World) -> bool:
     """False where the dense model can't run, such as in several dtypes."""
     try:
-        with torch.no_grad():
-            run(world.twin, world.batch)
+        outputs(world.twin, world.batch)
     except RuntimeError:
         return False
     return True
