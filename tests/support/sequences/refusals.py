@@ -24,7 +24,7 @@ def refused(world: World, rng: random.Random) -> None:
     name = rng.choice(sorted(layers))
     layer = layers[name]
     dense = torch.zeros(layer.weight.shape, dtype=layer.weight_dtype)
-    lora = peft.LoraConfig(target_modules=[name.rpartition(".")[2]], r=2)
+    lora = peft.LoraConfig(target_modules=[name], r=2)
     ways = {
         "prune": lambda m: prune.l1_unstructured(layer, "weight", 0.5),
         "prune globally": lambda m: prune.global_unstructured([(layer, "weight")], prune.RandomUnstructured, amount=2),
