@@ -161,8 +161,23 @@ def revert(model: nn.Module) -> None:
         )
     if not banks:
         raise ValueError(f"this {type(model).__name__} is not compressed by hf_rps: it has no bank")
+    for bank in banks:
+        head = _outer_target(model, bank)
+        if head is not None:
+            raise ValueError(
+                f"this {type(model).__name__} is a part of a compressed model: its shared array is read outside of it, "
+                f"too, by {head!r}. Call hf_rps.to_dense on the whole model"
+            )
     dense = {name: layer.to_dense() for name, layer in layers.items()}
     replace_modules(model, dense)
     for bank in banks:
         bank.array.passes.unwatch()
         delattr(bank_owner(model, bank)[1], BANK_NAME)
+
+
+def _outer_target(model: nn.Module, bank: Bank) -> str | None:
+    """A layer outside ``model`` that reads ``bank``, or None: a head's layer, which ``model`` lacks, of a model around
+    it that is in use."""
+    used = {layer.name for layer in shared_layers(model).values()}
+    absent = [t.name for t in bank.weight_map.targets if is_outside(t.name) and t.name not in used]
+    return outer_name(absent[0]) if absent and bank.array.passes.is_watching_outside(model) else None

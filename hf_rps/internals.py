@@ -79,3 +79,8 @@ def is_hooked(module: nn.Module) -> bool:
     """True where calling ``module`` does more than its class's forward: hooks, or a forward put on the instance."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     return bool(hooks) or "forward" in module.__dict__  # as accelerate's hooks put there
+
+
+def hooks_of(handle: torch.utils.hooks.RemovableHandle) -> dict | None:
+    """The hooks of which ``handle`` would remove one; None where their module is gone, and it can't be copied."""
+    return handle.hooks_dict_ref()

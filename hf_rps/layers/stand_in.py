@@ -39,13 +39,15 @@ class WeightStandIn(Tensor):
     ) -> Tensor:
         """A stand-in for ``make()`` of ``shape`` and ``dtype``, with device and requires_grad of ``like``.
 
-        Without a ``dtype`` it is that of ``like``, too.
+        Without a ``dtype`` it is that of ``like``, too. As a parameter's, its numbers lie one after the other, however
+        ``make`` leaves them (Conv1D's are a transposed matrix): models flatten weights by ``view``.
 
         Under a compiler it is the weight itself, which the compiler drops where only its shape or dtype is read.
         """
         if torch.compiler.is_compiling():
-            return make()
-        return _stand_in(make, torch.Size(shape), dtype or like.dtype, like.device, like.requires_grad)
+            return make().contiguous()
+        make_flat = lambda: make().contiguous()  # noqa: E731
+        return _stand_in(make_flat, torch.Size(shape), dtype or like.dtype, like.device, like.requires_grad)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None) -> Any:

@@ -44,8 +44,8 @@ class IndexedMatrix(SharedMatrix):
         into.index_add_(0, self._index.on(into.device), scaled.to(into.dtype))
 
     def add_load(self, into: Tensor, factor: float = 1.0) -> None:
-        squares = torch.full((self.rows * self.cols,), self._factor.scale**2 * factor, device=into.device)
-        into.index_add_(0, self._index.on(into.device), squares.to(into.dtype))
+        square = torch.tensor(self._factor.scale**2 * factor, device=into.device, dtype=into.dtype)
+        into.index_add_(0, self._index.on(into.device), square.expand(self.rows * self.cols))
 
     def kept_tensors(self) -> list[Tensor]:
         return [*self._factor.tensors(), *self._index.tensors()]

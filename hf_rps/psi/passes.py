@@ -67,7 +67,9 @@ class Passes:
         self._recomputation: tuple[int, dict] = (-1, {})  # readings made inside this backward pass
 
     def __getstate__(self):
-        return {"_handles": self._handles, "before": self.before}
+        # a module that was watched may be gone: a head whose base model alone is still in use
+        handles = [handle for handle in self._handles if internals.hooks_of(handle) is not None]
+        return {"_handles": handles, "before": self.before}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -82,6 +84,12 @@ class Passes:
         """Remove the hooks that :meth:`watch` added."""
         while self._handles:
             self._handles.pop().remove()
+
+    def is_watching_outside(self, model: nn.Module) -> bool:
+        """True where a module that is not in ``model`` opens passes, too: a model around it."""
+        inside = {id(hooks) for m in model.modules() for hooks in (m._forward_pre_hooks, m._forward_hooks)}
+        found = (internals.hooks_of(handle) for handle in self._handles)
+        return any(hooks is not None and id(hooks) not in inside for hooks in found)
 
     def _open(self, module, args) -> None:
         if torch.compiler.is_compiling():

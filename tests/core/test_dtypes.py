@@ -6,7 +6,9 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_configs import tiny_config
 from torch import nn
+from transformers import LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 from ways import read
 
@@ -245,3 +247,16 @@ def test_sizes_count_dense_weights_in_their_own_dtypes():
     report = size_report(model)
     assert report.dense_bytes == sum(p.numel() * p.element_size() for p in Mixed(HALF, FLOAT).parameters())
     assert report.bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the array is cast with the base that holds it, which can't know of a head outside"
+)
+@pytest.mark.parametrize("dtype", [HALF, DOUBLE])
+def test_a_base_that_is_cast_leaves_the_dtype_of_a_head_outside(dtype):
+    model = LlamaForCausalLM(tiny_config("llama"))
+    get_rps_model(model, RPSConfig(ratio=0.5, target_modules=["lm_head"]))
+    before = model.lm_head.dense_weight().detach().clone()
+    model.model.to(dtype)
+    assert model.lm_head.weight_dtype == FLOAT
+    torch.testing.assert_close(model.lm_head.dense_weight().detach(), before)

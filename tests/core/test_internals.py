@@ -189,3 +189,12 @@ def test_is_hooked():
         assert not internals.is_hooked(module)
         hook(module)
         assert internals.is_hooked(module)
+
+
+def test_hooks_of():
+    module = nn.Linear(2, 2)
+    handles = [module.register_forward_hook(print, always_call=True), module.register_forward_pre_hook(print)]
+    assert internals.hooks_of(handles[0]) is module._forward_hooks
+    assert internals.hooks_of(handles[1]) is module._forward_pre_hooks
+    del module
+    assert [internals.hooks_of(handle) for handle in handles] == [None, None]

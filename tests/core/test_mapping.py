@@ -68,7 +68,7 @@ def test_every_method_of_a_matrix_follows_the_definition(mapping, sign):
             loads.append(into / 2)
         torch.testing.assert_close(*loads)
         total += loads[0]
-    np.testing.assert_allclose(total.numpy(), definition.gamma(weight_map), rtol=1e-6)
+    np.testing.assert_allclose(total.numpy(), definition.gamma(weight_map), rtol=1e-12)
 
 
 class Plain(SharedMatrix):
@@ -79,6 +79,22 @@ class Plain(SharedMatrix):
 
     def weight(self, psi):
         """Taken from the matrix."""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_gamma_does_not_depend_on_the_default_dtype(mapping, dtype):
+    """transformers sets it while it builds a model that is loaded in half precision."""
+    targets = [Target("a", 40, 24, std=0.03), Target("b", 16, 40, std=0.3)]
+    weight_map = WeightMap(targets, ratio=0.1, mapping=mapping)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = load([weight_map.matrix(target.name) for target in targets], weight_map.m)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found.numpy(), definition.gamma(weight_map), rtol=1e-12)
 
 
 def test_a_mapping_has_a_name_of_its_own():

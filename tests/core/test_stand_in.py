@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_rps import RPSConfig, get_rps_model
 from hf_rps.layers.stand_in import WeightStandIn
@@ -161,3 +162,20 @@ def test_a_custom_autograd_function_is_refused():
         Product.apply(x, net.a.weight).sum().backward()
     Product.apply(x, net.a.dense_weight()).sum().backward()
     assert net.rps.psi.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_conv1d_weight_lies_in_memory_as_a_parameter_does(compiled, monkeypatch):
+    """Its matrix is the transposed one; models and torch's own utilities flatten weights by ``view``."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layer = Conv1D(6, 8)
+    expected = model.layer.weight.detach().clone()
+    get_rps_model(model, RPSConfig(ratio=1))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+    weight = model.layer.weight
+    assert (weight + 0).stride() == expected.stride()
+    torch.testing.assert_close(weight.view(-1) + 0, expected.view(-1))
+    torch.testing.assert_close(torch.as_strided(weight, (8,), (1,)), torch.as_strided(expected, (8,), (1,)))
+    with torch.no_grad():
+        torch.testing.assert_close(weight.data.view(4, 12) + 0, expected.view(4, 12))

@@ -1,6 +1,7 @@
 """A loaded checkpoint under other heads, generate, pipelines, gradient checkpointing, Trainer, and made dense."""
 
 import copy
+import gc
 import json
 import pickle
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -185,3 +188,42 @@ def test_a_model_from_a_gguf_file_is_float(tiny, ids, tmp_path):
     model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="other"))
     with pytest.raises(ValueError, match="is quantised with other"):
         get_rps_model(model, RPSConfig(ratio=1))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_base_whose_head_is_gone_is_copied(tiny, ids, copied):
+    """The hooks that open a pass were put on both."""
+    base = get_rps_model(tiny("llama"), RPSConfig(ratio=0.25)).model
+    gc.collect()
+    twin = copied(base)
+    equal(twin(ids).last_hidden_state, base(ids).last_hidden_state)
+    twin(ids).last_hidden_state.sum().backward()
+    assert find_bank(twin).psi.grad is not None
+    assert find_bank(base).psi.grad is None
+    assert not to_dense(twin)._forward_hooks
+
+
+def test_an_output_head_that_was_untied_is_saved(tiny, ids, tmp_path):
+    """Equal to the embeddings still, but by the config it is not tied to them when it is loaded."""
+    model = get_rps_model(tiny("gpt2"), RPSConfig(ratio=0.25))
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert loaded.lm_head.weight is not loaded.transformer.wte.weight
+    equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_compressed_head_that_the_class_ties(ids, tmp_path):
+    """T5 says that its head is tied whatever its config says; one that was untied by hand is loaded as it was."""
+    config = T5Config(vocab_size=97, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.5)
+    get_rps_model(model, RPSConfig(ratio=0.5, target_modules=["lm_head", "q"]))
+    expected = model(input_ids=ids, decoder_input_ids=ids).logits
+    for name in ("once", "again"):
+        model.save_pretrained(tmp_path / name)
+        model = T5ForConditionalGeneration.from_pretrained(tmp_path / name)
+        equal(model(input_ids=ids, decoder_input_ids=ids).logits, expected)

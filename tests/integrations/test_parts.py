@@ -1,6 +1,7 @@
 """What is compressed is what is saved: compressed models inside other models, several arrays, shared config objects."""
 
 import copy
+import gc
 import json
 
 import pytest
@@ -28,6 +29,7 @@ from transformers import (
 from hf_rps import RPSConfig, get_rps_config, get_rps_model, size_report, to_dense
 from hf_rps.conversion import find_banks
 from hf_rps.integrations.model_card import write_model_card
+from hf_rps.names import Place
 
 RPS = RPSConfig(ratio=0.25)
 
@@ -186,6 +188,26 @@ def test_a_part_whose_array_is_outside_is_not_saved(tmp_path):
     assert len(find_banks(model)) == 1
 
 
+def test_a_base_whose_array_the_head_reads_is_not_made_dense_by_itself(tiny, ids, tmp_path):
+    """The head would go on with an array that is in no module any more."""
+    model = get_rps_model(tiny("llama"), RPSConfig(ratio=0.25, target_modules=["lm_head", "q_proj"]))
+    expected, base = outputs(model, ids), model.model
+    with pytest.raises(ValueError, match=r"read outside of it, too, by 'lm_head'.*on the whole model"):
+        to_dense(base)
+    equal(outputs(model, ids), expected)
+    del model  # nothing else reads the array now
+    gc.collect()
+    hidden = outputs(base, ids)
+    torch.testing.assert_close(outputs(to_dense(base), ids), hidden)
+
+
+def test_an_array_that_nothing_in_the_model_reads(tiny, tmp_path):
+    model = get_rps_model(tiny("llama"), RPSConfig(ratio=0.25, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match=r"no layer in it reads, only 'lm_head' of the model .* Save that model"):
+        model.model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_parts_that_were_replaced_since(ids, tmp_path):
     model = Tagger(bert()).eval()
     get_rps_model(model.encoder, RPS)
@@ -303,6 +325,16 @@ def test_from_config_of_a_model_with_compressed_parts(ids, tmp_path):
     fresh = Towers._from_config(Towers.config_class.from_pretrained(tmp_path)).eval()
     fresh.load_state_dict(model.state_dict())
     equal(outputs(fresh, ids), outputs(model, ids))
+
+
+def test_from_config_of_a_part_that_has_the_config_of_the_model_around_it(tmp_path):
+    model = Tagger(bert())
+    get_rps_model(model.encoder, RPS)
+    model.save_pretrained(tmp_path)
+    config = copy.deepcopy(model.config)
+    config.quantization_config.banks[0].place = Place("inner.", "inner.")
+    with pytest.raises(ValueError, match=r"array in 'inner', and BertModel has no such module.*get_rps_config"):
+        BertModel._from_config(config)
 
 
 def test_from_config_of_another_size_is_refused(tiny):

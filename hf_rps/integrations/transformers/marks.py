@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
 from hf_rps.integrations.model_card import TAGS
-from hf_rps.integrations.transformers.resizing import resize_token_embeddings
 from hf_rps.layers.base import RPSLayer
 
 _OWN = "rps_own_attributes"  # attribute of a marked model: what it had of _RESTORED before
@@ -18,7 +17,7 @@ _CONFIG = "rps_config"  # attribute of a model that has got a config object of i
 # what a marked model carries: of the first two it may have had its own, which come back
 _RESTORED = ("_weight_conversions", "model_tags")
 _MARKS = (*_RESTORED, "hf_quantizer", "gather_sharded_state_dict_for_save", "quantization_method", "is_quantized",
-          "_keys_to_ignore_on_load_unexpected", "_resize_token_embeddings")  # fmt: skip
+          "_keys_to_ignore_on_load_unexpected")  # fmt: skip
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -57,7 +56,6 @@ def mark(model: nn.Module, quantizer: HfQuantizer) -> None:
         owner._weight_conversions = []
         owner.hf_quantizer = quantizer
         owner.gather_sharded_state_dict_for_save = _keep_state
-        owner._resize_token_embeddings = resize_token_embeddings
         owner.quantization_method = "rps"
         owner.is_quantized = False  # nothing that transformers forbids quantized models applies here
         owner.config.quantization_config = quantizer.quantization_config

@@ -45,7 +45,7 @@ from hf_rps.integrations.transformers.weights_files import (
 )
 from hf_rps.layers.base import RPSLayer
 from hf_rps.layers.kinds import Candidate
-from hf_rps.names import BANK_NAME, LEGACY_PSI, base_prefix, is_psi_key
+from hf_rps.names import BANK_NAME, LEGACY_PSI, base_prefix, is_psi_key, outer_name, weight_key
 from hf_rps.psi.bank import Bank
 from hf_rps.recorded import recorded_candidates
 
@@ -108,6 +108,10 @@ class RPSQuantizer(HfQuantizer):
         names = check_files(checkpoint_files, config) if checkpoint_files is not None else None
         for record, weight_map in zip(config.banks, maps, strict=True):
             _install_recorded(model, record, weight_map)
+        # a compressed head is not tied, whatever the class says of it: it was untied when it was compressed
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        shared = {weight_key(name, layer.parameter) for name, layer in shared_layers(model).items()}
+        model.all_tied_weights_keys = {name: source for name, source in tied.items() if name not in shared}
         sentinels = sentinel_keys(model)
         if names is not None:
             check_names(model, _named_as_now(model, names, config), sentinels, _is_of_the_saved_class(model))
@@ -247,7 +251,14 @@ def compress_as_recorded(model: nn.Module, config: RPSQuantizationConfig) -> Non
     """Convert a dense ``model`` with the maps that the ``config`` of another one records."""
     for record in config.banks:
         place = record.place.inside(base_prefix(model))
-        part = model if record.is_at_the_base else model.get_submodule(place.model.removesuffix("."))
+        name = "" if record.is_at_the_base else place.model.removesuffix(".")
+        part = dict(model.named_modules()).get(name)
+        if part is None:
+            raise ValueError(
+                f"this config records a shared array in {name!r}, and {type(model).__name__} has no such module: it is "
+                f"the config of a model around it. Remove its quantization_config for a dense model, or use "
+                f"get_rps_model(model, hf_rps.get_rps_config(compressed_model))"
+            )
         fit(part, record.settings()).install()
     mark_whole(model)
     forget_name(model)
@@ -273,6 +284,14 @@ def prepare_to_save(model: nn.Module) -> None:
             f"the model around it. Save that model; or compress this part by itself, get_rps_model(part, config), so "
             f"that it has an array of its own; or save it dense, after hf_rps.to_dense on the whole model"
         )
+    for bank in banks:
+        if all(layer.bank is not bank for layer in layers.values()):
+            head = outer_name(bank.weight_map.targets[0].name)
+            raise ValueError(
+                f"this {type(model).__name__} can't be saved by itself: it holds a shared array that no layer in it "
+                f"reads, only {head!r} of the model that it was compressed with. Save that model, or call "
+                f"hf_rps.to_dense on it first"
+            )
     if banks:
         mark_whole(model)
     elif is_marked(model):

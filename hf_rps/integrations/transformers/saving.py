@@ -1,8 +1,9 @@
-"""Every save_pretrained passes here first, and models that are made from the config of a compressed one.
+"""Every save_pretrained passes here first, models that are made from the config of a compressed one, and a resize of
+the embeddings.
 
 A compressed model may be put into a model that knows nothing of it (an encoder under a head of one's own, in an
 EncoderDecoderModel, in a Llava), and transformers asks only the outermost one's quantizer what to write. There is no
-hook for that, so two methods of PreTrainedModel are wrapped when hf_rps is imported.
+hook for that, so methods of PreTrainedModel are wrapped when hf_rps is imported.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
 from hf_rps.conversion import find_banks, shared_layers
-from hf_rps.integrations.transformers import adapters
+from hf_rps.integrations.transformers import adapters, resizing
 from hf_rps.integrations.transformers.marks import is_recorded
 from hf_rps.integrations.transformers.quantization_config import RPSQuantizationConfig
 from hf_rps.integrations.transformers.quantizer import (
@@ -101,4 +102,5 @@ def register() -> None:
     _wrap(PreTrainedModel, "save_pretrained", _saving)
     _wrap(PreTrainedModel, "_from_config", _from_config)
     _wrap(PeftAdapterMixin, "load_adapter", adapters.checking)
+    _wrap(PreTrainedModel, "resize_token_embeddings", resizing.looking_first)
     _wrap(ModelHubMixin, "save_pretrained", _saving_elsewhere)

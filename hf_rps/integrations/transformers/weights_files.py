@@ -56,11 +56,16 @@ def check_gathered(state: dict[str, Tensor], key: str, shape: tuple[int, ...]) -
 
 
 def drop_tied(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Remove tied copies: transformers finds them by their memory, which gathered copies no longer share."""
-    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+    """Remove tied copies: transformers finds them by their memory, which gathered copies no longer share.
+
+    Weights that were tied once, and are not by the config as it is now, may still be equal: nothing would tie them when
+    they are loaded.
+    """
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    for name, source in ((getattr(model, "all_tied_weights_keys", None) or {}) | tied).items():
         if name in state and source in state:
             copied, kept = state[name], state[source]
-            if copied.data_ptr() == kept.data_ptr() or torch.equal(copied, kept):
+            if copied.data_ptr() == kept.data_ptr() or (name in tied and torch.equal(copied, kept)):
                 del state[name]
 
 
