@@ -136,7 +136,6 @@ def save_and_load(world: World, rng: random.Random) -> None:
         loads.append(loaded)
         if find_banks(model) and find_banks(loaded):
             records = loaded.config.quantization_config.to_dict(), written["quantization_config"]
-            records[1].pop("save_id")
             demand(cls is not type(model) or records[0] == records[1], f"the record: {differing(*records)}")
         if len(infos) == 2:  # a new head is drawn at random: take over that of the model
             missing = infos[0]["missing_keys"]
