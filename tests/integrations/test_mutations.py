@@ -94,7 +94,8 @@ class Subject:
         """The config of the mutated checkpoint, without its record, beside the dense weights."""
         mutation.apply(folder)
         config = json.loads((folder / "config.json").read_text())
-        config.pop("quantization_config", None)
+        for field in ("quantization_config", "transformers_weights"):
+            config.pop(field, None)
         (folder / "config.json").write_text(json.dumps(config))
 
     def _is_as_saved(self, model, missing, outputs):
