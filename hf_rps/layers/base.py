@@ -82,7 +82,7 @@ class RPSLayer(nn.Module):
         shell._parameters = dict.fromkeys(dense._parameters)
         self.__dict__["_shell"] = shell
         self.shared = SharedWeight(name, bank)
-        self._set_weight_dtype(getattr(dense, parameter).dtype)
+        self._weight_dtype = bank.array.weight_dtypes[name] = getattr(dense, parameter).dtype
 
     @property
     def bank(self) -> Bank:
@@ -110,13 +110,6 @@ class RPSLayer(nn.Module):
         followed = psi != settled and own == settled
         return psi if followed or torch.promote_types(own, psi) != psi else own
 
-    def _set_weight_dtype(self, dtype: torch.dtype) -> None:
-        """Make ``dtype`` the weight's, and psi as wide as that."""
-        wide = torch.promote_types(self.bank.psi.dtype, dtype)
-        if wide != self.bank.psi.dtype:
-            self.bank.to(wide)
-        self._weight_dtype, self.bank.array.dtype = dtype, wide
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Also let ``fn``, which moves or casts the parameters, say what becomes of the weight, which is none of them.
 
@@ -125,7 +118,8 @@ class RPSLayer(nn.Module):
         super()._apply(fn, recurse)
         dtype = fn(torch.empty(0, dtype=self._weight_dtype, device="cpu")).dtype
         if dtype != self._weight_dtype:
-            self._set_weight_dtype(dtype)
+            self._weight_dtype = self.bank.array.weight_dtypes[self.name] = dtype
+            self.bank.fit_dtype()
         return self
 
     @property

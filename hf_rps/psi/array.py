@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -45,7 +46,7 @@ class SharedArray:
         choose: Picks the product for an input; see :func:`hf_rps.products.base.choose`.
         started: Where psi started: "project", "rescale" or False, as ``init_weights`` of :class:`hf_rps.RPSConfig`;
             None where it was loaded.
-        dtype: Of psi, as the layers that know the dtypes of their weights have left it; None without such layers.
+        weight_dtypes: By target, the dtype of the dense weight, as far as layers know one.
     """
 
     def __init__(self, weight_map: WeightMap, grad_scaling: str):
@@ -56,7 +57,12 @@ class SharedArray:
         self.memory = GradientMemory()
         self.choose: Choice = choose
         self.started: bool | str | None = None
-        self.dtype: torch.dtype | None = None
+        self.weight_dtypes: dict[str, torch.dtype] = {}
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The narrowest dtype that holds all weights in theirs; None where no layer knows its weight's."""
+        return functools.reduce(torch.promote_types, self.weight_dtypes.values()) if self.weight_dtypes else None
 
     def read(
         self, psi: nn.Parameter, device: torch.device, dtype: torch.dtype, call_owner: Callable[..., Reading]

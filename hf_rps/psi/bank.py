@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +53,30 @@ class ArrayOwner(nn.Module):
     @property
     def grad_scaling(self) -> str:
         return self.array.divisor.scaling
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move psi as ``fn`` does. In which dtype it is, is decided by the layers that read it, which may be cast apart
+        from the module that this one is in."""
+        wanted = self.array.dtype
+        if wanted is None:
+            return super()._apply(fn, recurse)
+        probe = fn(torch.empty(0, dtype=self.psi.dtype, device="cpu"))
+        return super()._apply(fn if probe.dtype == wanted else self._moving(probe.device, wanted), recurse)
+
+    def fit_dtype(self) -> None:
+        """Make psi as wide as the widest weight that it stands for, and no wider; the same parameter, cast in place."""
+        wanted = self.array.dtype
+        if wanted != self.psi.dtype:
+            super()._apply(self._moving(self.psi.device, wanted))
+
+    @staticmethod
+    def _moving(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        def move(tensor: Tensor) -> Tensor:
+            if tensor.is_meta:
+                return torch.empty_like(tensor, device=device, dtype=dtype)
+            return tensor.to(device=device, dtype=dtype)
+
+        return move
 
     def read(self, device: torch.device, dtype: torch.dtype) -> Reading:
         """psi as this pass reads it."""

@@ -249,9 +249,6 @@ def test_sizes_count_dense_weights_in_their_own_dtypes():
     assert report.bytes == sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the array is cast with the base that holds it, which can't know of a head outside"
-)
 @pytest.mark.parametrize("dtype", [HALF, DOUBLE])
 def test_a_base_that_is_cast_leaves_the_dtype_of_a_head_outside(dtype):
     model = LlamaForCausalLM(tiny_config("llama"))
