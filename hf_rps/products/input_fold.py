@@ -54,7 +54,7 @@ class Folded(Product):
 
     def linear(self, x: Tensor, psi: Tensor, bias: Tensor | None) -> Tensor:
         y = x.new_empty(*x.shape[:-1], self.rows)  # (..., rows)
-        folded = self.fold.fold(x.reshape(-1, x.size(-1))).transpose(0, 1)  # (J, tokens, narrow columns)
+        folded = self.fold.fold_tokens(x.reshape(-1, x.size(-1)))  # (J, tokens, narrow columns)
         weight, factor = self._narrow(psi)
         for (blocks, part), (_, out) in zip(self._parts(weight), self._parts(y.view(-1, self.rows).t()), strict=True):
             torch.bmm(folded[blocks], part.transpose(1, 2), out=out.transpose(1, 2))
@@ -67,12 +67,12 @@ class Folded(Product):
         gy = gy if factor is None else (gy * factor).to(gy.dtype)  # (tokens, rows)
         gx = None
         if needs_x:
-            folded = gy.new_empty(gy.size(0), self.fold.blocks, self.cols)
+            folded = gy.new_empty(self.fold.blocks, gy.size(0), self.cols)
             for (blocks, part), (_, g) in zip(self._parts(weight), self._parts(gy.t()), strict=True):
-                torch.bmm(g.transpose(1, 2), part, out=folded.transpose(0, 1)[blocks])
-            gx = self.fold.unfold(folded)
+                torch.bmm(g.transpose(1, 2), part, out=folded[blocks])
+            gx = self.fold.unfold_tokens(folded)
         if into is not None:
-            self._add_weight_gradient(into, gy, self.fold.fold(x).transpose(0, 1))
+            self._add_weight_gradient(into, gy, self.fold.fold_tokens(x))
         return gx
 
     def _add_weight_gradient(self, into: Tensor, gy: Tensor, folded: Tensor) -> None:
