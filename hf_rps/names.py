@@ -94,6 +94,11 @@ def psi_names(state_dict, prefix: str) -> list[str]:
     return [key for key in state_dict if key.startswith(prefix) and _PSI.fullmatch(key.removeprefix(prefix))]
 
 
+def is_psi(name: str) -> bool:
+    """True for the name of a shared array's parameter, without its module's."""
+    return _PSI.fullmatch(name) is not None
+
+
 def is_psi_key(key: str) -> bool:
     """True for the key of a native model's shared array, whatever module the model is part of."""
     owner, _, name = key.rpartition(".")

@@ -154,14 +154,17 @@ def test_deepcopy_pickle_and_load_state_dict(saved, ids, tiny):
 
 
 def test_a_missing_bias(tmp_path, tiny):
-    """Refused by the class that saved it, whose every tensor must be there; zero in another, as transformers has it."""
+    """Refused by every class where another layer has it; zero, as transformers has it, where no layer had one."""
     model = get_rps_model(tiny("bert", AutoModel), RPSConfig(ratio=0.2))
     model.save_pretrained(tmp_path)
     key = "encoder.layer.0.intermediate.dense.bias"
-    rewrite(tmp_path, lambda t: t.pop(key), lambda m: m.update(rps_tensors=str(int(m["rps_tensors"]) - 1)))
-    with pytest.raises(ValueError, match=f"no tensor for {key!r}, 1 such in all"):
-        AutoModel.from_pretrained(tmp_path)
-    assert not AutoModelForSequenceClassification.from_pretrained(tmp_path).get_parameter(f"bert.{key}").any()
+    rewrite(tmp_path, lambda t: t.pop(key), listed=True)
+    for load, prefix in ((AutoModel, ""), (AutoModelForSequenceClassification, "bert.")):
+        with pytest.raises(ValueError, match=f"no tensor for {prefix + key!r}, 1 such in all"):
+            load.from_pretrained(tmp_path)
+    get_rps_model(tiny("llama"), RPSConfig(ratio=0.2)).save_pretrained(tmp_path / "llama")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", attention_bias=True)
+    assert not model.model.layers[0].self_attn.q_proj.bias.any()
 
 
 def test_every_layer_must_be_in_the_file(saved, tmp_path):
@@ -179,7 +182,7 @@ def test_a_damaged_name_in_the_file(saved, key):
     """As one flipped bit in the header makes it: the tensor would be drawn anew, and the file's own ignored."""
     _, folder = saved
     damaged = key[:-1] + chr(ord(key[-1]) ^ 1)
-    rewrite(folder, lambda tensors: tensors.update({damaged: tensors.pop(key)}))
+    rewrite(folder, lambda tensors: tensors.update({damaged: tensors.pop(key)}), listed=True)
     with pytest.raises(ValueError, match=f"no tensor for {key!r}.*one for {damaged!r}.*file is damaged"):
         AutoModelForCausalLM.from_pretrained(folder)
 

@@ -12,8 +12,8 @@ from transformers.quantizers import auto as quantizers
 
 from hf_rps import RPSConfig, get_rps_model, to_dense
 from hf_rps.conversion import find_bank
+from hf_rps.integrations.transformers.keys import psi_key
 from hf_rps.integrations.transformers.quantization_config import GUARD
-from hf_rps.integrations.transformers.quantizer import psi_key
 
 
 def test_load_state_dict_of_another_map_is_refused(saved, tiny):
@@ -124,7 +124,7 @@ def test_missing_or_bad_psi_is_refused(saved):
     refused(folder, "rps.psi")
     for value in (float("nan"), float("inf")):
         (folder / "model.safetensors").write_bytes(whole)
-        rewrite(folder, lambda t, value=value: t[key].view(-1)[5:6].fill_(value))
+        rewrite(folder, lambda t, value=value: t[key].view(-1)[5:6].fill_(value), listed=True)
         refused(folder, "not finite", "rps.psi")
     (folder / "model.safetensors").write_bytes(whole)
     rewrite(folder, lambda t: t.update({key: t[key][:-8].clone()}))

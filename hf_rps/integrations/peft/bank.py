@@ -117,10 +117,9 @@ class AdapterBank(nn.Module, RPSTunerLayer):
         self.rps_banks[adapter_name] = array
         return array
 
-    def expect(self, adapter_name: str, legacy: bool) -> None:
-        """Let loaders check that what they load was made for the map of this adapter, and find the old name of the
-        array of a ``legacy`` one."""
-        shape = self.rps_banks[adapter_name].weight_map.sentinel_shape()
+    def expect(self, adapter_name: str, shape: tuple[int, int], legacy: bool) -> None:
+        """Let loaders check that what they load was made for this adapter, whose sentinel has ``shape``, and find the
+        old name of the array of a ``legacy`` one."""
         self.rps_map[adapter_name] = nn.Parameter(torch.empty(shape), requires_grad=False)
         if legacy:
             self.rps_psi.expect(adapter_name)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from peft import PeftConfig
 
-from hf_rps.config import RPSSettings
+from hf_rps.config import RPSSettings, check
 from hf_rps.integrations.peft.card import write_card
 from hf_rps.integrations.peft.peft_type import RPS
 from hf_rps.mappings.weight_map import WeightMap
 
-ADAPTER_FORMAT = 3  # until then, without a number, every shared array had the same name
+# until 3, without a number, every shared array had the same name; until 4 the sentinel did not tell a delta
+ADAPTER_FORMAT = 4
+READABLE_FORMATS = (None, 3, 4)
 
 
 @dataclass
@@ -77,6 +79,9 @@ class RPSConfig(RPSSettings, PeftConfig):
         PeftConfig.__post_init__(self)
         self.peft_type = RPS
         super().__post_init__()
+        version = self.format_version
+        known = version in READABLE_FORMATS if version is None or type(version) is int else False
+        check(known, "format_version", version, f"one of {READABLE_FORMATS}; a later version of hf_rps may read it")
 
     def record(self, weight_map: WeightMap) -> None:
         """Remember the map of the adapter made with this config, to be saved with it.

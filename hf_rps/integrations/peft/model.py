@@ -16,8 +16,9 @@ from torch import nn
 
 from hf_rps.conversion import find_bank, watch_passes
 from hf_rps.initial import initialise
+from hf_rps.integrations.peft.adapter_files import check_tensors, sentinel_shape
 from hf_rps.integrations.peft.bank import AdapterArray, AdapterBank, RPSTunerLayer
-from hf_rps.integrations.peft.config import RPSConfig
+from hf_rps.integrations.peft.config import ADAPTER_FORMAT, RPSConfig
 from hf_rps.integrations.peft.layers import AdapterLinear, DeltaLinear, ReplaceLinear
 from hf_rps.integrations.peft.merging import WeightedAdapters
 from hf_rps.integrations.peft.peft_type import RPS
@@ -164,7 +165,8 @@ class RPSModel(WeightedAdapters, BaseTuner):
                 layer.free_base()
         watch_passes(model, array.array.passes)
         if config.modules is not None:
-            bank.expect(adapter_name, legacy=config.format_version is None)
+            shape = sentinel_shape(weight_map, config.mode, config.format_version)
+            bank.expect(adapter_name, shape, legacy=config.format_version is None)
         config.record(weight_map)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
@@ -186,32 +188,38 @@ class RPSModel(WeightedAdapters, BaseTuner):
             array = bank.rps_banks[adapter_name]
             config.record(array.weight_map)  # again: the same config may have been used for another model since
             for key in [key for key in to_save if key.endswith(f"rps_banks.{adapter_name}.{array.psi_name}")]:
-                to_save[f"{key.partition('rps_banks')[0]}rps_map"] = torch.empty(array.weight_map.sentinel_shape())
+                shape = sentinel_shape(array.weight_map, config.mode)
+                to_save[f"{key.partition('rps_banks')[0]}rps_map"] = torch.empty(shape)
         return to_save
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """Check the map and leave its tensor out.
+        """Check the tensors and the map, and leave the map's tensor out.
 
         Raises:
-            ValueError: The adapter's array was made for another map than this model's.
+            ValueError: The adapter's array was made for another map or mode than this model's, or a tensor is missing
+                or left over.
         """
         bank = _adapter_bank(model)
         if bank is not None and adapter_name in bank.rps_banks:
             bank.end_loading()
             array = bank.rps_banks[adapter_name]
             state_dict = dict(state_dict)
+            shapes = {sentinel_shape(array.weight_map, config.mode, v) for v in (config.format_version, ADAPTER_FORMAT)}
             for key in [key for key in state_dict if key.endswith("rps_map")]:
                 shape = tuple(state_dict.pop(key).shape)
-                if shape != array.weight_map.sentinel_shape():
+                if shape not in shapes:
                     raise ValueError(
                         f"the weights of adapter {adapter_name!r} belong to the map {shape[-1]:08x}, but the model's "
-                        f"adapter has the map {array.weight_map.fingerprint}, so they would be read in the wrong "
-                        f"places. The file and adapter_config.json are of different adapters, or the model's adapter "
+                        f"adapter has the map {array.weight_map.fingerprint} and mode={config.mode!r}, so they would "
+                        f"be read in the wrong places. "
+                        f"The file and adapter_config.json are of different adapters, or the model's adapter "
                         f"was made with another config; load both from one folder"
                     )
                 for old in [k for k in state_dict if k.endswith(".rps_psi")]:  # of an older format; its map is right
                     state_dict[old.replace("rps_psi", f"rps_banks.{array.psi_name}")] = state_dict.pop(old)
+            dtypes = {key: tensor.dtype for key, tensor in state_dict.items()}
+            check_tensors(model, config, adapter_name, dtypes, translated=True)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

@@ -24,6 +24,7 @@ from hf_rps.psi.bank import Bank
 # 1 left the default of init_std to be computed again, by another law; 2 called every shared array "psi"
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (2, 3)
+LISTED_FROM = 3  # since then every weights file carries a digest of the list of tensors
 # The name of weights that do not exist, for config.json's transformers_weights: readers without hf_rps, which would go
 # on with random weights where ignore_mismatched_sizes=True defeats the sentinel, stop with an error that says this name
 GUARD = "import-hf_rps-before-loading.safetensors"

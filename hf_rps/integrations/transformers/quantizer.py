@@ -20,11 +20,12 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_rps.config import RPSSettings
-from hf_rps.conversion import bank_owner, bank_place, find_banks, fit, install, revert, shared_layers, stand_ins
+from hf_rps.conversion import find_banks, fit, install, revert, shared_layers, stand_ins
 from hf_rps.initial import all_finite, array_dtype
 from hf_rps.integrations.transformers.alignment import PADDING, align, padding
 from hf_rps.integrations.transformers.callers import local_of
 from hf_rps.integrations.transformers.dtypes import apply_dtype_plan
+from hf_rps.integrations.transformers.keys import place_banks, psi_key, sentinel_keys
 from hf_rps.integrations.transformers.marks import forget_name, is_marked, is_transformers_model, mark, unmark
 from hf_rps.integrations.transformers.parts import parts_of
 from hf_rps.integrations.transformers.quantization_config import (
@@ -38,13 +39,13 @@ from hf_rps.integrations.transformers.weights_files import (
     check_gathered,
     check_names,
     content_id,
-    count_saved,
     drop_tied,
+    list_saved,
     whole_state,
 )
 from hf_rps.layers.base import RPSLayer
 from hf_rps.layers.kinds import Candidate
-from hf_rps.names import BANK_NAME, LEGACY_PSI, Place, base_prefix, is_psi_key, weight_key
+from hf_rps.names import BANK_NAME, LEGACY_PSI, base_prefix, is_psi_key
 from hf_rps.psi.bank import Bank
 from hf_rps.recorded import recorded_candidates
 
@@ -108,13 +109,13 @@ class RPSQuantizer(HfQuantizer):
         for record, weight_map in zip(config.banks, maps, strict=True):
             _install_recorded(model, record, weight_map)
         sentinels = sentinel_keys(model)
-        if names is not None and _is_of_the_saved_class(model):
-            check_names(model, _named_as_now(model, names, config), sentinels)
+        if names is not None:
+            check_names(model, _named_as_now(model, names, config), sentinels, _is_of_the_saved_class(model))
         patterns = [re.escape(key.removeprefix(base_prefix(model))) for key in sentinels]
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = _Patterns([*ignored, *(rf"(^|\.){key}$" for key in patterns)])
         if isinstance(device_map, dict):
-            _place_banks(model, device_map)
+            place_banks(model, device_map)
 
     def update_weight_conversions(self, weight_conversions, model=None):
         """The renamings that loading begins with: of the array of an older format, to the name that it has here."""
@@ -164,7 +165,7 @@ class RPSQuantizer(HfQuantizer):
             "rps_format_version": str(FORMAT_VERSION),
             "rps_fingerprint": config.fingerprint,
             "rps_save_id": save_id,
-            "rps_tensors": str(count_saved(model, state)),
+            **list_saved(model, state),
         }
         return state, metadata | {PADDING: padding(state, metadata)}
 
@@ -223,43 +224,8 @@ def _check_loaded(model: nn.Module, bank: Bank) -> None:
 
 
 def _is_of_the_saved_class(model: nn.Module) -> bool:
-    return type(model).__name__ in (getattr(model.config, "architectures", None) or ())
-
-
-def psi_key(model: nn.Module, bank: Bank) -> str:
-    """State-dict key of the shared array of ``bank``."""
-    return f"{_bank_name(model, bank)}.{bank.psi_name}"
-
-
-def _bank_name(model: nn.Module, bank: Bank) -> str:
-    owner, _ = bank_owner(model, bank)
-    return f"{owner}.{BANK_NAME}" if owner else BANK_NAME
-
-
-def sentinel_keys(model: nn.Module) -> list[str]:
-    """For every bank, the name of the empty tensor that stands in the file for one shared weight.
-
-    A reader that does not know RPS finds a size mismatch there, instead of initialising a dense weight silently; see
-    WeightMap.sentinel_shape.
-    """
-    layers, keys = list(shared_layers(model).values()), []
-    for bank in find_banks(model):
-        layer = next(layer for layer in layers if layer.bank is bank)
-        place: Place = bank_place(model, bank)
-        # by the map: wrappers change the modules' names
-        keys.append(weight_key(place.module_name(layer.name), layer.parameter))
-    return keys
-
-
-def _place_banks(model: nn.Module, device_map: dict) -> None:
-    """Give the banks a place in a device map that was written for the dense model: each beside its first layer."""
-    for bank, first in zip(find_banks(model), sentinel_keys(model), strict=True):
-        name = _bank_name(model, bank)
-        if any(key == "" or name == key or name.startswith(f"{key}.") for key in device_map):
-            continue
-        owners = [key for key in device_map if first.startswith(f"{key}.")]
-        if owners:
-            device_map[name] = device_map[max(owners, key=len)]
+    classes = getattr(model.config, "architectures", None)
+    return isinstance(classes, (list, tuple)) and type(model).__name__ in classes
 
 
 def mark_whole(model: nn.Module) -> None:

@@ -13,8 +13,10 @@ import inspect
 from huggingface_hub import ModelHubMixin
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations.peft import PeftAdapterMixin
 
 from hf_rps.conversion import find_banks, shared_layers
+from hf_rps.integrations.transformers import adapters
 from hf_rps.integrations.transformers.marks import is_recorded
 from hf_rps.integrations.transformers.quantization_config import RPSQuantizationConfig
 from hf_rps.integrations.transformers.quantizer import (
@@ -98,4 +100,5 @@ def register() -> None:
     """Wrap the methods, once per process."""
     _wrap(PreTrainedModel, "save_pretrained", _saving)
     _wrap(PreTrainedModel, "_from_config", _from_config)
+    _wrap(PeftAdapterMixin, "load_adapter", adapters.checking)
     _wrap(ModelHubMixin, "save_pretrained", _saving_elsewhere)

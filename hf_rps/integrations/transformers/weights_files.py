@@ -1,8 +1,8 @@
 """What identifies the weights files of one save, and the check that refuses files that do not belong together.
 
 The metadata of every file name the format version, the map's fingerprint, the save (a digest of all tensors, repeated
-in config.json) and the number of tensors in the save. An interrupted save, into a new folder or over an old checkpoint,
-leaves files that disagree with each other, with config.json or with their own headers.
+in config.json), and the number and a digest of the list of its tensors. An interrupted save, into a new folder or over
+an old checkpoint, leaves files that disagree with each other, with config.json or with their own headers.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hf_rps.integrations.transformers.quantization_config import RPSQuantizationConfig
+from hf_rps.integrations.transformers.quantization_config import LISTED_FROM, RPSQuantizationConfig
+from hf_rps.integrations.transformers.tensor_list import digest, entries_in_file, entries_of_state, fits
 from hf_rps.names import BANK_NAME, is_psi_key
 
 
-def count_saved(model: nn.Module, state: dict[str, Tensor]) -> int:
-    """How many tensors save_pretrained will write: all but the ignored ones."""
+def list_saved(model: nn.Module, state: dict[str, Tensor]) -> dict[str, str]:
+    """Metadata that says which tensors save_pretrained will write: all of ``state`` but the ignored ones."""
     ignored = set(model._keys_to_ignore_on_save or ())
-    return len([key for key in state if key not in ignored])
+    saved = {key: tensor for key, tensor in state.items() if key not in ignored}
+    return {"rps_tensors": str(len(saved)), "rps_list": digest(entries_of_state(saved))}
 
 
 def whole_state(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
@@ -85,7 +87,7 @@ def check_files(files: list[str], config: RPSQuantizationConfig) -> set[str]:
         ValueError: Says which file is wrong, what is wrong with it and what to do.
     """
     remedy = "The save was interrupted or files of two saves are mixed; load another checkpoint or save it again"
-    names, arrays, expected = set(), {}, None
+    names, arrays, listed, recorded = set(), {}, [], {}
     for file in map(str, files):
         if not file.endswith(".safetensors"):
             raise ValueError(f"{file} is not a safetensors file; compressed checkpoints are safetensors only")
@@ -109,49 +111,64 @@ def check_files(files: list[str], config: RPSQuantizationConfig) -> set[str]:
             if found != wanted:
                 raise ValueError(f"{file} has rps_{field}={found!r}, but config.json says {wanted!r}. {remedy}")
         names.update(keys)
-        expected = metadata.get("rps_tensors")
+        listed += entries_in_file(file)
+        recorded = metadata
+    expected = recorded.get("rps_tensors")
     if str(len(names)) != expected:
         raise ValueError(f"the checkpoint holds {len(names)} tensors of {expected} in {len(files)} files. {remedy}")
     found = sorted((key.rpartition(".")[2], *shape) for key, shape in arrays.items())
     if found != config.arrays():
         wanted = ", ".join(f"{BANK_NAME}.{name} of shape {(m,)}" for name, m in config.arrays())
         raise ValueError(f"the checkpoint needs the shared arrays {wanted}, but has {arrays}. {remedy}")
+    if config.format_version >= LISTED_FROM and not fits(listed, recorded.get("rps_list")):
+        raise ValueError(
+            f"the names, dtypes, shapes or numbers of the {len(names)} tensors in {', '.join(map(str, files))} are not "
+            f"those that were saved (rps_list={recorded.get('rps_list')!r}): a file was changed or is damaged. Load "
+            f"another checkpoint; to change weights, load the model, change it and save it again"
+        )
     return names
 
 
-def check_names(model: nn.Module, names: set[str], sentinels: list[str]) -> None:
-    """Refuse files whose tensors are not those of ``model``, which is of the class that saved them.
+def check_names(model: nn.Module, names: set[str], sentinels: list[str], same_class: bool) -> None:
+    """Refuse files whose tensors are not those of ``model``, before it draws parameters without a tensor at random.
 
-    A parameter without a tensor would be drawn at random. That can be meant (a pooler that the saved model was built
-    without), but not where the files have the same parameter of another layer, or a tensor that nothing in the model
-    is called after.
+    That can be meant (a new head; a pooler that the saved model was built without), but not where the files have the
+    same parameter of another layer. In the class that saved them it is not meant for the output head either, nor
+    where the files have a tensor that nothing in the model is called after.
 
     Args:
         model: The model with its compressed layers, on whatever device.
         names: Of the tensors in the files; ``sentinels`` are the empty ones among them.
+        same_class: Whether the model is of the class that saved the files.
 
     Raises:
         ValueError: config.json was changed, or a name in a file is damaged.
     """
+    prefix = f"{model.base_model_prefix}."  # which either of the model and the files may lack
+    found = {name.removeprefix(prefix) for name in names}
     made_elsewhere = {*(getattr(model, "all_tied_weights_keys", None) or {}), *(model._keys_to_ignore_on_save or ())}
     patterns = tuple(model._keys_to_ignore_on_load_missing or ())
     missing = [
-        name
-        for name, _ in model.named_parameters(remove_duplicate=False)
-        if name not in names | made_elsewhere and not any(re.search(pattern, name) for pattern in patterns)
+        (name, parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name.removeprefix(prefix) not in found
+        and name not in made_elsewhere
+        and not any(re.search(pattern, name) for pattern in patterns)
     ]
-    unexpected = names - set(sentinels) - set(model.state_dict())
-    layers = {_without_index(name) for name in names}
-    lost = [name for name in missing if unexpected or _without_index(name) in layers]
+    unexpected = names - set(sentinels) - set(model.state_dict()) if same_class else set()
+    output = model.get_output_embeddings() if same_class else None
+    head = set() if output is None else set(output.parameters())
+    layers = {_without_index(name) for name in found}
+    lost = [n for n, p in missing if unexpected or p in head or _without_index(n.removeprefix(prefix)) in layers]
     if lost:
         stray = f" (but one for {min(unexpected)!r}, which the model does not have)" if unexpected else ""
         raise ValueError(
             f"the checkpoint has no tensor for {lost[0]!r}, {len(lost)} such in all, which {type(model).__name__} "
-            f"would draw at random{stray}. Leave the sizes in config.json as they were; if they are, the file is "
-            f"damaged: load another checkpoint"
+            f"would draw at random{stray}. Leave the sizes in config.json, and tie_word_embeddings, as they were; if "
+            f"they are, the file is damaged: load another checkpoint"
         )
 
 
 def _without_index(name: str) -> str:
     """A parameter's name without the numbers of its layers."""
-    return re.sub(r"(?<=[.])[0-9]+(?=[.])", "*", name)
+    return re.sub(r"(?:^|(?<=[.]))[0-9]+(?=[.])", "*", name)
