@@ -32,8 +32,9 @@ PEER_PACKAGES = {"fakeroast": "mmh3", "rzlinear": "triton"}
 class Subject:
     """One form of a model and its ratio, stored numbers over targeted weights.
 
-    Forms: "dense"; "views" (ours); "folded" (ours, with inputs folded as far as the ratio allows); "gather" (ours with an index and a sign for every weight); "cat" (ours, where every
-    linear layer makes its weight whole and multiplies with it); "fakeroast" and "rzlinear" (the authors' code); and the
+    Forms: "dense"; "views" (ours); "folded" (ours, with inputs folded as far as the ratio allows); "gather" (ours with
+    an index and a sign for every weight); "cat" (ours, where every linear layer makes its weight whole and multiplies
+    with it); "fakeroast" and "rzlinear" (the authors' code); and the
     adapters "delta" (ours) and "lora", whose ratio is its rank.
     """
 
