@@ -50,6 +50,7 @@ _PATTERNS = "None, a non-empty string or a non-empty list of names"
 _VALID = {
     "ratio": (lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1], the share of the targeted weights to store"),
     "seed": (_is_int, "an integer"),
+    "input_fold": (lambda v: v == "full" or (_is_int(v) and v >= 1), "an integer of at least 1, or 'full'"),
     "target_modules": (_is_patterns, _PATTERNS),
     "exclude_modules": (_is_patterns, _PATTERNS),
     "layers_pattern": (_is_patterns, _PATTERNS),
@@ -62,6 +63,15 @@ _VALID = {
 _CHOICES = {
     "mode": MODES, "bias": BIASES, "sharing": SHARING, "mapping": MAPPINGS, "sign": SIGNS, "grad_scaling": SCALINGS,
 }  # fmt: skip
+
+
+def most_input_fold(ratio: float) -> int:
+    """The largest fold c with ratio * c <= 1.
+
+    >>> most_input_fold(0.1), most_input_fold(0.3), most_input_fold(1)
+    (10, 3, 1)
+    """
+    return math.floor(1 / ratio * (1 + 1e-9))
 
 
 def check(condition: bool, name: str, value, expected: str) -> None:
@@ -102,6 +112,10 @@ class RPSSettings:
     sharing: str = field(default="global", metadata={"help": "'global', 'block' or 'module'.", "choices": SHARING})
     mapping: str = field(default="fold", metadata={"help": _MAPPING_HELP, "choices": tuple(MAPPINGS)})
     sign: str = field(default="row", metadata={"help": "'row', 'element' (slow) or 'none'.", "choices": SIGNS})
+    input_fold: int | str = field(
+        default=1,
+        metadata={"help": "Fold inputs so many times, which divides the multiplications; 'full': as far as it goes."},
+    )
     grad_scaling: str = field(
         default="projection",
         metadata={
@@ -125,6 +139,12 @@ class RPSSettings:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             check(isinstance(value, str) and value in choices, name, value, f"one of {list(choices)}")
+        most = most_input_fold(self.ratio)
+        if self.input_fold != "full" and self.input_fold > most:
+            raise ValueError(
+                f"RPSConfig: input_fold={self.input_fold} leaves 1/{self.input_fold} of the weights, fewer than "
+                f"ratio={self.ratio} stores; expected at most {most} at this ratio ('full')"
+            )
         recorded = "None; it is recorded when a model is compressed"
         check(self.modules is None or is_names(self.modules), "modules", self.modules, recorded)
         check(self.fingerprint is None or isinstance(self.fingerprint, str), "fingerprint", self.fingerprint, recorded)
@@ -153,6 +173,7 @@ class RPSSettings:
             sharing=self.sharing,
             mapping=self.mapping,
             sign=self.sign,
+            input_fold=most_input_fold(self.ratio) if self.input_fold == "full" else self.input_fold,
             init_std=self.init_std,
             **(_DELTA_STD if self.mode == "delta" else {}),
         )

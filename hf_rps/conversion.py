@@ -85,7 +85,11 @@ def fit(model: nn.Module, config: RPSSettings, candidates: list[Candidate] | Non
         candidates, prefix = find_targets(model, config) if candidates is None else candidates, base_prefix(model)
         check_weights(candidates)
         chosen = {map_name(c.full_name, prefix): c for c in candidates}
-        targets = [Target(name, *c.weight.shape, std=initial_std(c.weight)) for name, c in chosen.items()]
+        folded = config.input_fold != 1  # else a record says nothing of positions
+        targets = [
+            Target(name, *c.weight.shape, initial_std(c.weight), c.positions if folded else 1)
+            for name, c in chosen.items()
+        ]
     check_frozen([*chosen.values()])
     weight_map = config.weight_map(targets)
     device = next(iter(chosen.values())).stored.device

@@ -18,6 +18,8 @@ class SizeReport:
         m: Numbers stored in their place.
         dense_parameters, parameters: All parameters, dense and now.
         dense_bytes, bytes: Bytes of all parameters, dense and now.
+        dense_multiplications, multiplications: Of the targeted weights, dense and now, for one token (one position of a
+            convolution): how many numbers they are, unless inputs are folded.
         init_weights: Where the shared array started: "project", "rescale" or False, see :class:`hf_rps.RPSConfig`. None
             where that is not known (a loaded checkpoint) or there is no such array (a dense model).
     """
@@ -28,6 +30,8 @@ class SizeReport:
     parameters: int
     dense_bytes: int
     bytes: int
+    dense_multiplications: int = 0
+    multiplications: int = 0
     init_weights: bool | str | None = None
 
     def __str__(self) -> str:
@@ -36,6 +40,8 @@ class SizeReport:
             ("all parameters", self.dense_parameters, self.parameters),
             ("bytes", self.dense_bytes, self.bytes),
         ]
+        if self.multiplications != self.dense_multiplications:
+            rows.append(("multiplications", self.dense_multiplications, self.multiplications))
         lines = [f"{'':<18}{'dense':>16}{'now':>16}{'ratio':>9}"]
         lines += [f"{name:<18}{dense:>16,}{now:>16,}{now / dense if dense else 1:>9.4f}" for name, dense, now in rows]
         if self.init_weights is not None:
@@ -49,7 +55,7 @@ def size_report(model: nn.Module) -> SizeReport:
     Raises:
         ValueError: The model carries PEFT adapters, which PEFT counts.
 
-    >>> print(SizeReport(1000, 100, 1500, 600, 6000, 2400, "project"))
+    >>> print(SizeReport(1000, 100, 1500, 600, 6000, 2400, init_weights="project"))
                                  dense             now    ratio
     targeted weights             1,000             100   0.1000
     all parameters               1,500             600   0.4000
@@ -67,4 +73,6 @@ def size_report(model: nn.Module) -> SizeReport:
         more -= layer.shared.target.numel * (layer.bank.psi.element_size() - layer.weight_dtype.itemsize)
     starts = list(dict.fromkeys(bank.array.started for bank in banks))
     started = starts[0] if len(starts) == 1 else ", ".join(map(str, starts)) or None
-    return SizeReport(n, m, parameters - m + n, parameters, size + more, size, started)
+    matrices = [layer.shared.matrix for layer in shared_layers(model).values()]
+    products = sum(matrix.rows * matrix.cols for matrix in matrices), sum(matrix.multiplications for matrix in matrices)
+    return SizeReport(n, m, parameters - m + n, parameters, size + more, size, *products, started)

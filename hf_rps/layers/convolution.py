@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_rps.layers.base import RPSLayer
+from hf_rps.mappings.input_fold import FoldedMatrix
 from hf_rps.psi.bank import Bank
 from hf_rps.psi.weight import cast_to_autocast, compute_dtype
 
@@ -30,12 +35,33 @@ class RPSConv(RPSLayer):
         self.weight_shape = (dense.out_channels, dense.in_channels // dense.groups, *dense.kernel_size)
         for attribute in _ATTRIBUTES:
             setattr(self, attribute, getattr(dense, attribute))
+        if isinstance(self.shared.matrix, FoldedMatrix) and dense.groups == 1:
+            # a convolution of the folded channels, in which each block of rows is a group
+            self.__dict__["_narrow_shell"] = copy.copy(self._shell)
+            self._narrow_shell.groups = self.shared.matrix.input_fold.blocks
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
+        if "_narrow_shell" in self.__dict__:
+            return self._folded(cast_to_autocast(x, dtype), dtype)
         weight = self.as_stored(self.shared.materialise(x.device, dtype))
         bias = None if self.bias is None else self.bias.to(dtype)
         return self._shell._conv_forward(cast_to_autocast(x, dtype), weight, bias)
+
+    def _folded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The convolution with folded channels: no weight of the dense size is made."""
+        fold = self.shared.matrix.input_fold
+        batched = x if x.dim() == len(self.kernel_size) + 2 else x[None]
+        weight = self.shared.materialise_narrow(x.device, dtype)  # (rows, narrow columns)
+        missing = fold.blocks * fold.block_rows - fold.rows
+        weight = F.pad(weight, (0, 0, 0, missing)) if missing else weight  # groups are of one size
+        weight = weight.view(-1, fold.width, *self.kernel_size)
+        y = self._narrow_shell._conv_forward(fold.fold_channels(batched), weight, None)[:, : fold.rows]
+        if self.bias is not None:
+            y = y + self.bias.to(dtype).view(-1, *[1] * len(self.kernel_size))
+        elif missing:
+            y = y.contiguous()  # what a model writes to must be no view
+        return y if batched is x else y[0]
 
     def extra_repr(self) -> str:
         values = [f"{name}={getattr(self, name)!r}" for name in _ATTRIBUTES]

@@ -5,6 +5,7 @@ A new kind of layer is one class and one row of :data:`KINDS`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -54,6 +55,10 @@ class LayerKind(ABC):
     def stored(self, matrix: Tensor) -> Tensor:
         """Inverse of :meth:`matrix`, for the kinds that adapters take."""
         return matrix
+
+    def positions(self, module: nn.Module) -> int:
+        """How many columns of the matrix belong to one channel of the input: kernel positions."""
+        return 1
 
     def stand_in(self, bank: Bank, module: nn.Module, names: dict[str, str]) -> RPSLayer:
         """The layer that takes the place of ``module``; ``names`` are its targets in the bank's map, by parameter.
@@ -114,6 +119,9 @@ class Convolution(LayerKind):
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
+
+    def positions(self, module: nn.Module) -> int:
+        return math.prod(module.kernel_size)
 
 
 class Linear(LayerKind):
@@ -201,6 +209,11 @@ class Candidate:
     module: nn.Module
     kind: LayerKind | None
     parameter: str = "weight"
+
+    @property
+    def positions(self) -> int:
+        """See :meth:`LayerKind.positions`."""
+        return self.kind.positions(self.module)
 
     @property
     def full_name(self) -> str:

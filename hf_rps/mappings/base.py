@@ -18,17 +18,22 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Target:
-    """One matrix to be shared: its name, its shape (out_features, in_features) and its standard deviation at init."""
+    """One matrix to be shared: its name, its shape (out_features, in_features) and its standard deviation at init.
+
+    ``positions`` is how many columns belong to one channel of the input, where that matters: kernel positions.
+    """
 
     name: str
     out_features: int
     in_features: int
     std: float
+    positions: int = 1
 
     @property
     def numel(self) -> int:
@@ -36,19 +41,24 @@ class Target:
 
     def __str__(self) -> str:
         """The form in which configs record a target."""
-        return f"{self.name} {self.out_features}x{self.in_features} std {self.std!r}"
+        if self.positions == 1:
+            return f"{self.name} {self.out_features}x{self.in_features} std {self.std!r}"
+        channels = self.in_features // self.positions
+        return f"{self.name} {self.out_features}x{channels}*{self.positions} std {self.std!r}"
 
     @classmethod
     def parse(cls, text: str) -> Target:
         """Inverse of ``str(target)``.
 
         >>> Target.parse("layer.0.q 8x4 std 0.02")
-        Target(name='layer.0.q', out_features=8, in_features=4, std=0.02)
+        Target(name='layer.0.q', out_features=8, in_features=4, std=0.02, positions=1)
         """
-        match = re.fullmatch(r"(.+) (\d+)x(\d+) std (\S+)", text) if isinstance(text, str) else None
+        form = r"(.+) (\d+)x(\d+)(?:\*(\d+))? std (\S+)"
+        match = re.fullmatch(form, text) if isinstance(text, str) else None
         if match is None:
             raise ValueError(f"recorded module {text!r} is not of the form 'NAME ROWSxCOLS std STD'")
-        return cls(match[1], int(match[2]), int(match[3]), float(match[4]))
+        positions = int(match[4] or 1)
+        return cls(match[1], int(match[2]), int(match[3]) * positions, float(match[5]), positions)
 
 
 @dataclass(frozen=True)
@@ -74,9 +84,18 @@ class SharedMatrix(ABC):
     rows: int
     cols: int
 
+    @property
+    def multiplications(self) -> int:
+        """Of one product with a vector, in the cheapest way."""
+        return self.rows * self.cols
+
     @abstractmethod
     def weight(self, psi: Tensor) -> Tensor:
         """W (rows, cols) in psi's dtype, by operations that autograd, compilers and torch.func can follow."""
+
+    def linear(self, x: Tensor, psi: Tensor) -> Tensor:
+        """x (..., cols) W^T: (..., rows), by operations that autograd, compilers and torch.func can follow."""
+        return F.linear(x, self.weight(psi).to(x.dtype))
 
     def make(self, psi: Tensor, base: Tensor | None = None) -> Tensor:
         """W (rows, cols), or ``base`` + W in base's dtype: a new contiguous tensor. psi must not require a gradient."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from hf_rps.hashing import hash_signs, stream_key
 from hf_rps.mappings.base import Mapping, SharedMatrix, Span, Target
+from hf_rps.mappings.input_fold import FoldedMatrix, InputFold, folded_size
 from hf_rps.mappings.table import MAPPINGS
 
 INIT_EXPONENT = 1 / 3  # of m / n in the default C; docs/comparison.md has the measurement
@@ -59,12 +60,14 @@ class WeightMap:
         sharing: str = "global",
         mapping: str = "fold",
         sign: str = "row",
+        input_fold: int = 1,
         init_std: float | None = None,
         std_factor: float = 1.0,
         std_exponent: float = INIT_EXPONENT,
     ):
         self.targets = tuple(targets)
         self.ratio, self.seed, self.sharing, self.mapping, self.sign = ratio, seed, sharing, mapping, sign
+        self.input_fold = input_fold
         self.index = {target.name: i for i, target in enumerate(self.targets)}
         if not self.targets or len(self.index) != len(self.targets):
             raise ValueError(f"a weight map needs targets with distinct names, got {[t.name for t in self.targets]}")
@@ -87,14 +90,32 @@ class WeightMap:
         for name, targets in members.items():
             spans, start = [], 0
             for target in targets:
-                spans.append(Span(start, target.out_features, target.in_features))
+                spans.append(Span(start, target.out_features, self._narrow(target)))
                 start = spans[-1].stop
             self._keys.append(stream_key(self.seed, self.mapping, name))
-            group = MAPPINGS[self.mapping](spans, self.ratio, self._keys[-1], base)
+            # of the weights that are left when inputs are folded; the same numbers as without
+            ratio = min(1.0, self.ratio * sum(target.numel for target in targets) / start)
+            group = MAPPINGS[self.mapping](spans, ratio, self._keys[-1], base)
             self._places.update((target.name, (group, span)) for target, span in zip(targets, spans, strict=True))
             groups.append(group)
             base += group.m
         self.groups = tuple(groups)
+
+    def _narrow(self, target: Target) -> int:
+        """Columns of the matrix that is shared in the place of ``target``, whose input is folded first."""
+        if self.input_fold == 1:
+            return target.in_features
+        return folded_size(target.in_features // target.positions, self.input_fold)[1] * target.positions
+
+    def fold_of(self, name: str) -> InputFold | None:
+        """How one target's input is folded, or None."""
+        target = self.target(name)
+        channels = target.in_features // target.positions
+        if folded_size(channels, self.input_fold)[0] == 1:
+            return None
+        # the same signs for all layers of a module: those that share an input (q, k, v) fold it once
+        key = stream_key(self.seed, "input_fold", name.rpartition(".")[0])
+        return InputFold(channels, target.positions, self.input_fold, target.out_features, key)
 
     def target(self, name: str) -> Target:
         return self.targets[self.index[name]]
@@ -104,24 +125,26 @@ class WeightMap:
         return self.target(name).std / self.init_std
 
     def signs(self, name: str) -> np.ndarray:
-        """Signs of one target, int8: (out_features, 1), or (out_features, in_features) with ``sign="element"``."""
+        """Signs of one target's shared matrix, int8: (rows, 1), or (rows, cols) with ``sign="element"``."""
         target = self.target(name)
         if self.sign == "none":
             return np.ones((target.out_features, 1), dtype=np.int8)
         key = stream_key(self.seed, "sign", name)
         if self.sign == "row":
             return hash_signs(key, target.out_features)[:, None]
-        return hash_signs(key, target.numel).reshape(target.out_features, target.in_features)
+        cols = self._narrow(target)
+        return hash_signs(key, target.out_features * cols).reshape(target.out_features, cols)
 
     def slots(self, name: str) -> np.ndarray:
-        """The slot of every weight of one target, int64 (out_features, in_features), by the mapping's formula."""
+        """The slot of every weight of one target's shared matrix, int64 (rows, cols), by the mapping's formula."""
         group, span = self._places[name]
         return group.slots(span.start, span.stop).reshape(span.rows, span.cols)
 
     def matrix(self, name: str) -> SharedMatrix:
         """One target's matrix, made anew."""
         group, span = self._places[name]
-        return group.matrix(span, self.scale(name), self.signs(name))
+        matrix, fold = group.matrix(span, self.scale(name), self.signs(name)), self.fold_of(name)
+        return matrix if fold is None else FoldedMatrix(matrix, fold)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -139,6 +162,8 @@ class WeightMap:
             "shifts": [group.shifts for group in self.groups],
             "keys": self._keys,
         }
+        if self.input_fold != 1:
+            content |= {"input_fold": self.input_fold, "positions": [t.positions for t in self.targets]}
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def sentinel_shape(self) -> tuple[int, int]:

@@ -60,9 +60,11 @@ def linear_by_definition(
     x: Tensor, psi: Tensor, bias: Tensor | None, matrix: SharedMatrix, base: Tensor | None = None
 ) -> Tensor:
     """:func:`shared_linear` out of operations that autograd, compilers and torch.func can follow."""
-    weight = matrix.weight(psi)
     bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(x, (weight if base is None else base + weight).to(x.dtype), bias)
+    if base is None:
+        y = matrix.linear(x, psi)
+        return y if bias is None else y + bias
+    return F.linear(x, (base + matrix.weight(psi)).to(x.dtype), bias)
 
 
 def _product(product: Product, base: Tensor | None) -> Product:

@@ -95,6 +95,13 @@ class SharedWeight:
         psi, buffer = self.source.read(x.device, base.dtype)
         return shared_linear(x, psi, bias, self.source.array.choose(self.products, x), buffer, base)
 
+    def materialise_narrow(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Z (rows, cols / c) of a weight whose input is folded, likewise."""
+        if takes_plain_path():
+            return self.matrix.inner.weight(self._plain_psi(device, dtype))
+        psi, buffer = self.source.read(device, dtype)
+        return shared_weight(psi, self.matrix.inner, buffer)
+
     def materialise(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """W (out_features, in_features) on ``device`` in ``dtype``, made whole; differentiable in psi."""
         if takes_plain_path():

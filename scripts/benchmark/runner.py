@@ -28,7 +28,7 @@ class Work:
     models: tuple[str, ...] = LANGUAGE_MODELS
     default_models: tuple[str, ...] = ("gpt2",)
     forms: tuple[str, ...] = FORMS + PEERS
-    default_forms: tuple[str, ...] = ("views",)
+    default_forms: tuple[str, ...] = ("views", "folded")
 
 
 WORKS = {
@@ -36,14 +36,17 @@ WORKS = {
     "step": Work("a training step: forward, backward, clip, AdamW", default_models=("gpt2", "llama-1b")),
     "prefill": Work("a prompt into a KV cache"),
     "decode": Work("one token with a KV cache"),
-    "load": Work("from_pretrained in a fresh process, and file sizes", forms=("views", "gather")),
-    "save": Work("save_pretrained, and file sizes", forms=("views", "gather")),
+    "load": Work("from_pretrained in a fresh process, and file sizes", forms=("views", "folded", "gather")),
+    "save": Work("save_pretrained, and file sizes", forms=("views", "folded", "gather")),
     "memory": Work("peak of a training step against a formula"),
     "reduced": Work("bytes that DistributedDataParallel reduces in a step"),
     "convolution": Work(
-        "a ResNet: forward, forward + backward", CONVOLUTIONAL, ("resnet-18",), ("views", "gather", "fakeroast")
+        "a ResNet: forward, forward + backward",
+        CONVOLUTIONAL,
+        ("resnet-18",),
+        ("views", "folded", "gather", "fakeroast"),
     ),
-    "compiled": Work("decode under torch.compile", forms=("views",)),
+    "compiled": Work("decode under torch.compile", forms=("views", "folded")),
     "adapter": Work("a fine-tuning step: full, LoRA, ours", default_models=("llama-97m",), forms=()),
 }
 DEFAULT_WORKS = ("stack", "step", "prefill", "decode", "load", "save", "memory", "reduced")
@@ -71,7 +74,7 @@ def subjects(work: str, forms: list[str] | None, ratios: list[float], peers: lis
         Subject(form, ratio)
         for ratio in ratios
         for form in chosen
-        if form in WORKS[work].forms and (form == "views" or ratio == ratios[0] or forms is not None)
+        if form in WORKS[work].forms and (form in ("views", "folded") or ratio == ratios[0] or forms is not None)
     )
 
 

@@ -21,7 +21,7 @@ from hf_rps.layers.kinds import Candidate, TransposedLinear
 from hf_rps.products.base import Made, always
 from hf_rps.targets import find_targets
 
-FORMS = ("views", "gather", "cat")
+FORMS = ("views", "folded", "gather", "cat")
 PEERS = ("fakeroast", "rzlinear")
 # a file that each peer's folder must hold, and the package that its code imports besides torch
 PEER_FILES = {"fakeroast": "FakeRoastUtil_v2.py", "rzlinear": "python/rz_linear/__init__.py"}
@@ -32,8 +32,9 @@ PEER_PACKAGES = {"fakeroast": "mmh3", "rzlinear": "triton"}
 class Subject:
     """One form of a model and its ratio, stored numbers over targeted weights.
 
-    Forms: "dense"; "views" (ours); "gather" (ours with an index and a sign for every weight); "cat" (ours, where every
-    linear layer makes its weight whole and multiplies with it); "fakeroast" and "rzlinear" (the authors' code); and the
+    Forms: "dense"; "views" (ours); "folded" (ours, with inputs folded as far as the ratio allows); "gather" (ours with
+    an index and a sign for every weight); "cat" (ours, where every linear layer makes its weight whole and multiplies
+    with it); "fakeroast" and "rzlinear" (the authors' code); and the
     adapters "delta" (ours) and "lora", whose ratio is its rank.
     """
 
@@ -84,8 +85,9 @@ def build(work: str, name: str, subject: Subject, settings: Settings) -> Built:
         return _rzlinear(model, targets, n, subject.ratio, settings)
     if subject.form in ("lora", "delta"):
         return _adapter(model, n, subject)
-    sign = "element" if subject.form == "gather" else "row"
-    model = get_rps_model(model, RPSConfig(ratio=subject.ratio, sign=sign, grad_scaling="norm"))
+    sign, fold = "element" if subject.form == "gather" else "row", "full" if subject.form == "folded" else 1
+    config = RPSConfig(ratio=subject.ratio, sign=sign, grad_scaling="norm", input_fold=fold)
+    model = get_rps_model(model, config)
     bank = find_bank(model)
     if subject.form == "cat":
         bank.array.choose = always(Made)

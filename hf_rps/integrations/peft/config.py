@@ -47,6 +47,11 @@ class RPSConfig(RPSSettings, PeftConfig):
             and "hash" (a hash per weight, HashedNets, ICML 2015) are slow forms, for comparison.
         sign: "row", one hashed sign per output row, which is free; "element", one per weight, the paper's exact form
             and slow; "none".
+        input_fold: How many times a layer's input is folded before the product, which divides the multiplications by
+            that number, forward and backward, and so the time of all but small layers. It is the second knob beside the
+            ratio: with ratio=0.1 and input_fold=4 there are a quarter of the multiplications, and 0.4 numbers are
+            stored for each of their factors. "full": as far as the ratio allows, here 10. Default 1: not folded. See
+            :mod:`hf_rps.mappings.input_fold`.
         grad_scaling: What the shared array's gradient is divided by, slot by slot. "projection" (Gamma, the sum of
             squared scales): an SGD step is the projection of the dense one, stable wherever dense training is.
             "norm" (its square root): the size of the gradient stays that of the dense model's, so that Adam's epsilon

@@ -15,6 +15,7 @@ from hf_rps.integrations.peft.bank import RPSTunerLayer
 from hf_rps.layers.base import refuse_data_parallel
 from hf_rps.layers.kinds import kind_of
 from hf_rps.layers.stand_in import WeightStandIn
+from hf_rps.mappings.input_fold import FoldedMatrix
 from hf_rps.psi.weight import SharedWeight, compute_dtype, takes_plain_path
 
 _FEW_TOKENS = 32  # below, two products are cheaper than building the sum of base weight and delta (measured)
@@ -94,6 +95,7 @@ class DeltaLinear(AdapterLinear):
         weight, bias = base.weight, base.bias
         return (
             not takes_plain_path()
+            and not isinstance(shared.matrix, FoldedMatrix)  # whose own product costs less than the sum
             and self.quantization_backend is None
             and x.numel() >= _FEW_TOKENS * self.in_features
             and self._base_is_plain
