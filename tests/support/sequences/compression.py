@@ -23,12 +23,14 @@ def random_config(world: World, rng: random.Random) -> RPSConfig:
     options = {
         "ratio": rng.choice([1, 1.0, 0.5, 0.3, 0.1, 0.03]),
         "seed": rng.randrange(4),
+        "input_fold": 1,
         "mapping": rng.choice(["fold", "fold", "fold", "roast", "hash"]),
         "sharing": rng.choice(["global", "global", "block", "module"]),
         "sign": rng.choice(["row", "row", "element", "none"]),
         "grad_scaling": rng.choice(["projection", "projection", "norm", "none"]),
         "init_weights": rng.choice([True, True, False, "project", "rescale"]),
     }
+    options["input_fold"] = rng.choice([1, 1, 2, "full"]) if options["ratio"] <= 0.5 else 1
     some = {"bert": [None, r".*(query|key|value|dense)", "all-linear"],
             "llama": [None, ["q_proj", "up_proj"], ["lm_head", "q_proj", "down_proj"], ["lm_head"]],
             "llama tied": [None, ["lm_head", "q_proj"], ["v_proj", "gate_proj"]],

@@ -57,10 +57,20 @@ def adjoint(weight_map: WeightMap, matrices: dict[str, Tensor], power: int = 1) 
     """R^T of the matrices, by target, float64 (m,), with each scale to ``power``."""
     total = torch.zeros(weight_map.m, dtype=torch.float64)
     for name, matrix in matrices.items():
-        factor = torch.from_numpy(weight_map.signs(name)).double() * weight_map.scale(name) ** power
-        slots = torch.from_numpy(weight_map.slots(name)).flatten()
-        total.index_add_(0, slots, (matrix.double() * factor).flatten())
+        slots, coefficients = reads(weight_map, name)
+        products = matrix.double() * coefficients * weight_map.scale(name) ** power
+        total.index_add_(0, slots.flatten(), products.flatten())
     return total
+
+
+def reads(weight_map: WeightMap, name: str) -> tuple[Tensor, Tensor]:
+    """For every weight of a target its slot, and what it multiplies that with beside its scale."""
+    slots, signs = torch.from_numpy(weight_map.slots(name)), torch.from_numpy(weight_map.signs(name)).double()
+    fold = weight_map.fold_of(name)
+    if fold is None:
+        return slots, signs.expand(slots.shape)
+    coefficients, columns = definition.folding(fold)
+    return slots[:, columns], signs.expand(slots.shape)[:, columns] * torch.from_numpy(coefficients)
 
 
 def divisor(weight_map: WeightMap, scaling: str) -> Tensor:
@@ -75,8 +85,9 @@ def started(weight_map: WeightMap, matrices: dict[str, Tensor], how: str) -> Ten
         return adjoint(weight_map, matrices) / divisor(weight_map, "projection")
     counts = torch.zeros(weight_map.m, dtype=torch.float64)
     for name in matrices:
-        counts += torch.bincount(torch.from_numpy(weight_map.slots(name)).flatten(), minlength=weight_map.m)
-    return adjoint(weight_map, matrices, -1) / counts.clamp(min=1).sqrt()
+        slots, coefficients = reads(weight_map, name)
+        counts.index_add_(0, slots.flatten(), coefficients.square().flatten())
+    return adjoint(weight_map, matrices, -1) / torch.where(counts == 0, 1.0, counts).sqrt()
 
 
 def psis(model: nn.Module) -> list[Tensor]:
