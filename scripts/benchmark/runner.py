@@ -28,7 +28,7 @@ class Work:
     models: tuple[str, ...] = LANGUAGE_MODELS
     default_models: tuple[str, ...] = ("gpt2",)
     forms: tuple[str, ...] = FORMS + PEERS
-    default_forms: tuple[str, ...] = ("views", "folded")
+    default_forms: tuple[str, ...] = ("views",)
 
 
 WORKS = {

@@ -125,7 +125,8 @@ def test_memory_is_counted():
         assert row["predicted_mib"] == pytest.approx(row["state_mib"] + row["saved_mib"])
         assert row["measured_mib"] == pytest.approx(row["predicted_mib"] + row["transients_mib"])
         assert row["saved_mib"] > 0
-    views, gather, cat = others
+    views, folded, gather, cat = others
+    assert folded["targets_ratio"] < 0.5
     assert 0.1 < views["targets_ratio"] == pytest.approx(cat["targets_ratio"], rel=0.1)
     assert gather["targets_ratio"] > 0.75 + 0.1  # 8 bytes of index and 4 of factor, over 16, and the array's
     assert views["targets_ratio"] < 0.5

@@ -61,9 +61,9 @@ def test_every_default_fits_its_work():
 
 
 def test_slow_forms_come_at_one_ratio_unless_asked_for():
-    views, gather = ((Subject(form, 0.1), Subject(form, 0.01)) for form in ("views", "gather"))
+    views, folded, gather = ((Subject(form, 0.1), Subject(form, 0.01)) for form in ("views", "folded", "gather"))
     assert subjects_of("stack", None, [0.1, 0.01], ["fakeroast"]) == (
-        *views[:1], *gather[:1], Subject("cat", 0.1), Subject("fakeroast", 0.1), *views[1:],
+        views[0], folded[0], gather[0], Subject("cat", 0.1), Subject("fakeroast", 0.1), views[1], folded[1],
     )  # fmt: skip
     assert subjects_of("load", ["gather", "cat"], [0.1, 0.01], ["fakeroast"]) == gather
 
