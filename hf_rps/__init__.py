@@ -1,5 +1,6 @@
 """hf_rps: compress any Hugging Face transformers model by randomized parameter sharing (STABLE-RPS, ICLR 2024)."""
 
+from hf_rps import freezing as _freezing
 from hf_rps.integrations.hub import push_to_hub
 from hf_rps.integrations.peft import model as _peft
 from hf_rps.integrations.peft import on_compressed as _on_compressed
@@ -21,6 +22,7 @@ __all__ = [
     "to_dense",
 ]
 
+_freezing.register()
 _quantizer.register()
 _saving.register()
 _peft.register()

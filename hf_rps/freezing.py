@@ -6,6 +6,7 @@ have no gradient, too.
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Sequence
@@ -20,6 +21,25 @@ from hf_rps.layers.stand_in import FREEZE_REMEDY
 from hf_rps.psi.bank import Bank
 
 logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Let ``requires_grad_`` of a part with no parameter but shared weights (a Llama's MLP) ask its layers, once per
+    process: torch walks over parameters, finds none, and says nothing."""
+    original = nn.Module.requires_grad_
+    if getattr(original, "knows_rps", False):
+        return
+
+    @functools.wraps(original)
+    def requires_grad_(self, requires_grad: bool = True):
+        if next(self.parameters(), None) is None:
+            for layer in self.modules():
+                if isinstance(layer, RPSLayer) and layer.bank.psi.requires_grad != requires_grad:
+                    RPSLayer.requires_grad_(layer, requires_grad)  # raises
+        return original(self, requires_grad)
+
+    requires_grad_.knows_rps = True
+    nn.Module.requires_grad_ = requires_grad_
 
 
 def check_frozen(candidates: Sequence[Candidate]) -> None:
