@@ -35,6 +35,12 @@ def shared_layers(model: nn.Module) -> dict[str, RPSLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, RPSLayer)}
 
 
+def reader_of_outside(model: nn.Module) -> str | None:
+    """The first layer inside ``model`` that reads an array outside of it, or None: then it is no part of another."""
+    banks = find_banks(model)
+    return next((name for name, layer in shared_layers(model).items() if layer.bank not in banks), None)
+
+
 def bank_owner(model: nn.Module, bank: Bank) -> tuple[str, nn.Module]:
     """The name inside ``model`` of the module that holds ``bank``, and the module."""
     return next((name, module) for name, module in model.named_modules() if bank in module._modules.values())
@@ -60,10 +66,9 @@ class Fitted(NamedTuple):
     bank: Bank
     layers: dict[str, RPSLayer]
 
-    def install(self) -> Bank:
+    def install(self) -> None:
         """Swap them in."""
         install(self.model, self.bank, self.layers)
-        return self.bank
 
 
 def fit(model: nn.Module, config: RPSSettings, candidates: list[Candidate] | None = None) -> Fitted:
@@ -156,8 +161,7 @@ def revert(model: nn.Module) -> None:
     Raises:
         ValueError: Nothing of ``model`` is compressed, or it is a part of a compressed model whose array is outside.
     """
-    banks, layers = find_banks(model), shared_layers(model)
-    outside = next((name for name, layer in layers.items() if layer.bank not in banks), None)
+    banks, layers, outside = find_banks(model), shared_layers(model), reader_of_outside(model)
     if outside is not None:
         raise ValueError(
             f"this {type(model).__name__} is a part of a compressed model: {outside!r} reads a shared array outside of "

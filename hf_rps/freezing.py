@@ -6,7 +6,6 @@ have no gradient, too.
 
 from __future__ import annotations
 
-import functools
 import logging
 import weakref
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_rps import internals
 from hf_rps.layers.base import RPSLayer
 from hf_rps.layers.kinds import Candidate
 from hf_rps.layers.stand_in import FREEZE_REMEDY
@@ -26,11 +26,10 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """Let ``requires_grad_`` of a part with no parameter but shared weights (a Llama's MLP) ask its layers, once per
     process: torch walks over parameters, finds none, and says nothing."""
-    original = nn.Module.requires_grad_
-    if getattr(original, "knows_rps", False):
-        return
+    internals.wrap_method(nn.Module, "requires_grad_", _asking_layers)
 
-    @functools.wraps(original)
+
+def _asking_layers(original):
     def requires_grad_(self, requires_grad: bool = True):
         if next(self.parameters(), None) is None:
             for layer in self.modules():
@@ -38,8 +37,7 @@ def register() -> None:
                     RPSLayer.requires_grad_(layer, requires_grad)  # raises
         return original(self, requires_grad)
 
-    requires_grad_.knows_rps = True
-    nn.Module.requires_grad_ = requires_grad_
+    return requires_grad_
 
 
 def check_frozen(candidates: Sequence[Candidate]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -84,3 +85,17 @@ def is_hooked(module: nn.Module) -> bool:
 def hooks_of(handle: torch.utils.hooks.RemovableHandle) -> dict | None:
     """The hooks of which ``handle`` would remove one; None where their module is gone, and it can't be copied."""
     return handle.hooks_dict_ref()
+
+
+def wrap_method(cls: type, name: str, wrapper: Callable[[Callable], Callable]) -> None:
+    """Put ``wrapper(original)`` in the place of a method or class method of ``cls``, once per process.
+
+    For libraries that have no hook where one is needed.
+    """
+    found = cls.__dict__[name]
+    original = found.__func__ if isinstance(found, classmethod) else found
+    if getattr(original, "wrapped_by_hf_rps", False):
+        return
+    wrapped = functools.wraps(original)(wrapper(original))
+    wrapped.wrapped_by_hf_rps = True
+    setattr(cls, name, classmethod(wrapped) if isinstance(found, classmethod) else wrapped)

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-BANK_NAME = (
-    "rps"  # of the bank inside the base model; state-dict keys end in "rps.psi_<digits of the map's fingerprint>"
-)
+BANK_NAME = "rps"  # of the bank inside the base model; state-dict keys end in "rps.psi_<digits of a fingerprint>"
 LEGACY_PSI = "psi"  # what the array was called up to format 2, whatever its map
 _OUTSIDE = "/"  # marks a target outside the base model in a map, whose names are otherwise relative to it
 

@@ -127,12 +127,6 @@ class InputFold:
         tiles = x.unflatten(1, (self.c, self.width)) * signs.view(1, self.c, self.width, *[1] * (x.dim() - 2))
         return torch.tensordot(tiles, mix, dims=([1], [1])).movedim(-1, 1).flatten(1, 2)
 
-    def unfold(self, folded: Tensor) -> Tensor:
-        """The adjoint of :meth:`fold`: (..., J, width * positions) to (..., channels * positions)."""
-        mix, signs = self._constants(folded)
-        tiles = torch.matmul(mix.t(), folded).unflatten(-1, (self.width, self.positions)) * signs
-        return tiles.flatten(-3)[..., : self.channels * self.positions]
-
     def blocks_of(self, rows: Tensor) -> Tensor:
         """(..., rows) as (..., J, rows of a block), filled up with zeros."""
         missing = self.blocks * self.block_rows - self.rows

@@ -106,7 +106,7 @@ def test_folding_keeps_lengths():
     fold = InputFold(40, 1, 5, 30, key=7)
     x = torch.randn(6, 40, dtype=torch.float64)
     torch.testing.assert_close(fold.fold(x).square().sum((1, 2)), 5 * x.square().sum(1))
-    torch.testing.assert_close(fold.unfold(fold.fold(x)), 5 * x)
+    torch.testing.assert_close(fold.unfold_tokens(fold.fold_tokens(x)), 5 * x)
 
 
 def test_golden_integers():

@@ -198,3 +198,29 @@ def test_hooks_of():
     assert internals.hooks_of(handles[1]) is module._forward_pre_hooks
     del module
     assert [internals.hooks_of(handle) for handle in handles] == [None, None]
+
+
+def test_wrap_method():
+    """Methods and class methods, once however often it is asked for, under their own names."""
+
+    class Library:
+        def method(self, x):
+            """What it does."""
+            return x
+
+        @classmethod
+        def of_the_class(cls, x):
+            return cls, x
+
+    def adding_one(original):
+        def wrapped(self, x):
+            return original(self, x + 1)
+
+        return wrapped
+
+    for _ in range(2):
+        internals.wrap_method(Library, "method", adding_one)
+        internals.wrap_method(Library, "of_the_class", adding_one)
+    assert Library().method(1) == 2
+    assert Library.of_the_class(1) == (Library, 2)
+    assert (Library.method.__name__, Library.method.__doc__) == ("method", "What it does.")

@@ -7,7 +7,6 @@ replace it by a copy of their own, and ``target_modules="all-linear"`` passes sh
 from __future__ import annotations
 
 import copy
-import functools
 
 import torch
 from peft import PeftConfig
@@ -16,7 +15,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
+from hf_rps.conversion import shared_layers
 from hf_rps.integrations.peft.model import RPSModel
+from hf_rps.internals import wrap_method
 from hf_rps.layers.base import RPSLayer
 
 _REMEDY = (
@@ -27,18 +28,16 @@ _REMEDY = (
 
 def register() -> None:
     """Let every tuner look at the model first, once per process. PEFT has no hook of its own for that."""
-    inject = BaseTuner.inject_adapter
-    if getattr(inject, "knows_rps", False):
-        return
+    wrap_method(BaseTuner, "inject_adapter", _looking_first)
 
-    @functools.wraps(inject)
+
+def _looking_first(inject):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         if not isinstance(self, RPSModel):  # which refuses compressed models itself
             check(self, model, self.peft_config[adapter_name], kwargs.get("state_dict"))
         return inject(self, model, adapter_name, *args, **kwargs)
 
-    inject_adapter.knows_rps = True
-    BaseTuner.inject_adapter = inject_adapter
+    return inject_adapter
 
 
 def check(
@@ -52,7 +51,7 @@ def check(
     Raises:
         ValueError: It does; the message names the method, the layers and what to do instead.
     """
-    shared = {name: module for name, module in model.named_modules() if isinstance(module, RPSLayer)}
+    shared = shared_layers(model)
     custom = tuple(getattr(config, "_custom_modules", None) or ())
     shared = {name: module for name, module in shared.items() if not isinstance(module, custom)}
     if not shared:

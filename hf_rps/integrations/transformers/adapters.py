@@ -19,7 +19,6 @@ def checking(original):
     The files are known to the loader that it calls only, so that one is replaced while it runs.
     """
 
-    @functools.wraps(original)
     def load_adapter(self, *args, **kwargs):
         before = set(getattr(self, "peft_config", ()))
         loader = getattr(self, _LOADER)

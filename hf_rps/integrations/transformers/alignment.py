@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from hf_rps.integrations.transformers.tensor_list import dtype_in_files
+
 ALIGNMENT = 64  # bytes: that of torch's own memory, and of a cache line
 _STEP = 8  # bytes: safetensors pads a header to a multiple of it
 PADDING = "rps_padding"  # the entry of a file's metadata that holds the padding
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-           "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}  # fmt: skip
 
 
 def align(model: nn.Module) -> None:
@@ -44,7 +44,7 @@ def _layout(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, str, Tenso
     """(name, safetensors' name of the dtype, tensor, offset in the data) in the order in which safetensors writes."""
     ordered, offset, found = sorted(tensors, key=lambda pair: (-pair[1].element_size(), pair[0])), 0, []
     for name, tensor in ordered:
-        found.append((name, _DTYPES.get(str(tensor.dtype).removeprefix("torch."), "F32"), tensor, offset))
+        found.append((name, dtype_in_files(tensor.dtype), tensor, offset))
         offset += tensor.numel() * tensor.element_size()
     return found
 

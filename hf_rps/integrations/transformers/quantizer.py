@@ -20,7 +20,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_rps.config import RPSSettings
-from hf_rps.conversion import find_banks, fit, install, revert, shared_layers, stand_ins
+from hf_rps.conversion import find_banks, fit, install, reader_of_outside, revert, shared_layers, stand_ins
 from hf_rps.initial import all_finite, array_dtype
 from hf_rps.integrations.transformers.alignment import PADDING, align, padding
 from hf_rps.integrations.transformers.callers import local_of
@@ -276,8 +276,7 @@ def prepare_to_save(model: nn.Module) -> None:
     Raises:
         ValueError: It is a part of a compressed model, whose shared array is outside.
     """
-    banks, layers = find_banks(model), shared_layers(model)
-    outside = next((name for name, layer in layers.items() if layer.bank not in banks), None)
+    banks, layers, outside = find_banks(model), shared_layers(model), reader_of_outside(model)
     if outside is not None:
         raise ValueError(
             f"this {type(model).__name__} can't be saved by itself: {outside!r} reads a shared array that belongs to "

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 from torch import nn
 
 from hf_rps.layers.base import RPSLayer
+from hf_rps.names import outer_name
 
 
 def looking_first(original):
     """resize_token_embeddings of a transformers model, which swaps the input embedding before it looks at the head."""
 
-    @functools.wraps(original)
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs):
         check_head(self, new_num_tokens, pad_to_multiple_of)
         return original(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
@@ -34,7 +33,7 @@ def check_head(model: nn.Module, new_num_tokens: int | None, pad_to_multiple_of:
     if wanted not in (None, head.weight_shape[0]):
         raise ValueError(
             f"resize_token_embeddings({new_num_tokens}) needs an output head of {wanted} rows, but the head "
-            f"{head.name.removeprefix('/')!r} of this {type(model).__name__} has a shared weight of "
+            f"{outer_name(head.name)!r} of this {type(model).__name__} has a shared weight of "
             f"{head.weight_shape[0]} rows, which its map records. Resize the dense model before get_rps_model, "
             f"leave the head out of target_modules, or call hf_rps.to_dense(model), resize, and compress anew"
         )

@@ -8,7 +8,6 @@ hook for that, so methods of PreTrainedModel are wrapped when hf_rps is imported
 
 from __future__ import annotations
 
-import functools
 import inspect
 
 from huggingface_hub import ModelHubMixin
@@ -26,15 +25,13 @@ from hf_rps.integrations.transformers.quantizer import (
     compress_as_recorded,
     prepare_to_save,
 )
-
-_WRAPPED = "_wrapped_by_hf_rps"
+from hf_rps.internals import wrap_method
 
 
 def _saving(original):
     """save_pretrained of a transformers model: it writes every shared array inside, or refuses."""
     signature = inspect.signature(original)
 
-    @functools.wraps(original)
     def save_pretrained(self, *args, **kwargs):
         prepare_to_save(self)
         quantizer = getattr(self, "hf_quantizer", None)
@@ -56,7 +53,6 @@ def _saving_elsewhere(original):
     """save_pretrained of huggingface_hub's mixin, which saves a state dict that its own from_pretrained fills up with
     random weights."""
 
-    @functools.wraps(original)
     def save_pretrained(self, *args, **kwargs):
         if isinstance(self, nn.Module) and not isinstance(self, PreTrainedModel) and shared_layers(self):
             raise ValueError(
@@ -73,7 +69,6 @@ def _saving_elsewhere(original):
 def _from_config(original):
     """A model made from the config of a compressed one is compressed, with the same map and a fresh array."""
 
-    @functools.wraps(original)
     def from_config(cls, config, **kwargs):
         model = original(cls, config, **kwargs)
         on_meta = any(parameter.is_meta for parameter in model.parameters())  # inside from_pretrained, for one
@@ -86,21 +81,10 @@ def _from_config(original):
     return from_config
 
 
-def _wrap(cls: type, name: str, wrapper) -> None:
-    """Put ``wrapper`` around a method or class method of ``cls``, once per process."""
-    found = cls.__dict__[name]
-    original = found.__func__ if isinstance(found, classmethod) else found
-    if getattr(original, _WRAPPED, False):
-        return
-    wrapped = wrapper(original)
-    setattr(wrapped, _WRAPPED, True)
-    setattr(cls, name, classmethod(wrapped) if isinstance(found, classmethod) else wrapped)
-
-
 def register() -> None:
     """Wrap the methods, once per process."""
-    _wrap(PreTrainedModel, "save_pretrained", _saving)
-    _wrap(PreTrainedModel, "_from_config", _from_config)
-    _wrap(PeftAdapterMixin, "load_adapter", adapters.checking)
-    _wrap(PreTrainedModel, "resize_token_embeddings", resizing.looking_first)
-    _wrap(ModelHubMixin, "save_pretrained", _saving_elsewhere)
+    wrap_method(PreTrainedModel, "save_pretrained", _saving)
+    wrap_method(PreTrainedModel, "_from_config", _from_config)
+    wrap_method(PeftAdapterMixin, "load_adapter", adapters.checking)
+    wrap_method(PreTrainedModel, "resize_token_embeddings", resizing.looking_first)
+    wrap_method(ModelHubMixin, "save_pretrained", _saving_elsewhere)

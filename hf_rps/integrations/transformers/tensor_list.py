@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 def entries_of_state(state: dict[str, Tensor]) -> list[Entry]:
     """What a file of the tensors in ``state`` will have."""
     return [
-        Entry(name, _dtype_in_files(t.dtype), tuple(t.shape), None if t.is_meta else _ends_of(t))
+        Entry(name, dtype_in_files(t.dtype), tuple(t.shape), None if t.is_meta else _ends_of(t))
         for name, t in state.items()
     ]
 
@@ -79,7 +79,8 @@ def _ends_of(tensor: Tensor) -> bytes:
 
 
 @cache
-def _dtype_in_files(dtype: torch.dtype) -> str:
+def dtype_in_files(dtype: torch.dtype) -> str:
+    """What headers of safetensors call a dtype."""
     file = save({"x": torch.empty(0, dtype=dtype)})
     (length,) = struct.unpack("<Q", file[:8])
     return json.loads(file[8 : 8 + length])["x"]["dtype"]
