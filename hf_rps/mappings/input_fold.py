@@ -89,6 +89,11 @@ class InputFold:
                 self._typed[key] = (mix.clone(), signs.clone())
         return mix, signs
 
+    def coefficients(self, like: Tensor) -> Tensor:
+        """(J, c, width): what each channel counts in each block, ``fold_j(x)[b] = sum_t this[j, t, b] x[t, b]``."""
+        mix, signs = self._constants(like)
+        return mix[:, :, None] * signs.squeeze(-1)
+
     def fold(self, x: Tensor) -> Tensor:
         """x (..., channels * positions) folded for every block: (..., J, width * positions)."""
         mix, signs = self._constants(x)
@@ -151,9 +156,8 @@ class FoldedMatrix(SharedMatrix):
         """Z S for any Z (rows, cols / c): (rows, cols)."""
         fold = self.input_fold
         blocks = fold.blocks_of(narrow.t()).permute(1, 2, 0)  # (J, rows of a block, narrow columns)
-        mix, signs = fold._constants(narrow)
-        tiles = blocks[:, :, None] * mix[:, None, :, None]  # (J, rows of a block, c, narrow columns)
-        tiles = tiles.unflatten(-1, (fold.width, fold.positions)) * signs
+        blocks = blocks.unflatten(-1, (fold.width, fold.positions))
+        tiles = blocks[:, :, None] * fold.coefficients(narrow)[:, None, :, :, None]
         return tiles.flatten(0, 1)[: self.rows].flatten(1)[:, : self.cols]
 
     def folded(self, wide: Tensor) -> Tensor:
@@ -194,8 +198,9 @@ class FoldedMatrix(SharedMatrix):
     def _squares(self) -> Tensor:
         """What each weight of Z has of squares in W, (rows, cols / c): c, less where the input was filled up."""
         fold = self.input_fold
-        there = (np.arange(fold.c * fold.width) < fold.channels).reshape(fold.c, fold.width)
-        per_block = torch.from_numpy(np.square(fold.mix) @ there).repeat_interleave(fold.positions, dim=1)
+        there = (torch.arange(fold.c * fold.width) < fold.channels).view(fold.c, fold.width)
+        per_block = (fold.coefficients(torch.zeros((), dtype=torch.float64)).square() * there).sum(1)
+        per_block = per_block.repeat_interleave(fold.positions, dim=1)
         return per_block.repeat_interleave(fold.block_rows, dim=0)[: self.rows]
 
     def linear(self, x: Tensor, psi: Tensor) -> Tensor:

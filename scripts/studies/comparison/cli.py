@@ -11,14 +11,14 @@ import torch
 from transformers import HfArgumentParser
 
 from studies import theory
-from studies.comparison import continuity, learning_rates, main_table, stability
+from studies.comparison import continuity, folding, learning_rates, main_table, stability
 from studies.comparison.methods import METHODS
 from studies.comparison.presets import PRESETS, Preset
 from studies.comparison.report import Results
 from studies.comparison.runner import Environment, Runner
 from studies.comparison.tasks import FASHION_MNIST, FASHION_MNIST_FOLDER, TASKS
 
-STUDIES = ("main", "stability", "learning-rate", "continuity", "theory")
+STUDIES = ("main", "stability", "learning-rate", "continuity", "forms", "folds", "theory")
 
 
 @dataclass
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     for task in arguments.tasks or preset.tasks:
         work = (task, preset, arguments.image_dataset)
         if "main" in arguments.studies:
-            methods = arguments.methods or list(METHODS)
+            methods = arguments.methods or [name for name, method in METHODS.items() if method.kind != "form"]
             rows = main_table.compare(runner, task, methods, preset, arguments.image_dataset, arguments.learning_rates)
             results.write(f"main-{task}", rows, main_table.compare_table, main_table.compare_plot)
             results.table(f"storage-{task}", main_table.storage_table(rows))
@@ -108,3 +108,9 @@ def main(argv: list[str] | None = None) -> None:
         if "continuity" in arguments.studies:
             rows = continuity.continuity(runner, *work)
             results.write(f"continuity-{task}", rows, continuity.continuity_table)
+        if "forms" in arguments.studies:
+            rows = folding.forms(runner, *work, arguments.methods, arguments.learning_rates)
+            results.write(f"forms-{task}", rows, folding.forms_table)
+        if "folds" in arguments.studies:
+            rows = folding.folds(runner, *work, arguments.learning_rates)
+            results.write(f"folds-{task}", rows, folding.folds_table, folding.folds_plot)

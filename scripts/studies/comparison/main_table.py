@@ -42,8 +42,8 @@ def compare(
     the dense model at compression 1.
 
     Returns:
-        A row per cell: "task", "method", "compression", "numbers", "bytes", "learning_rate", "at_edge" (the best rate
-        was the smallest or largest of the grid), "validation" and "test" (a list over the seeds), "diverged" (how
+        A row per cell: "task", "method", "compression", "numbers", "bytes", "flops", "learning_rate", "at_edge" (the best
+        rate was the smallest or largest of the grid), "validation" and "test" (a list over the seeds), "diverged" (how
         many), or "unreachable".
     """
     size, rates = preset.sizes[task], tuple(rates or RATES[TASKS[task].optimizer])
@@ -91,7 +91,7 @@ def _cells(methods: Sequence[str], preset: Preset) -> list[Cell]:
 def _summary(of_seeds: list[dict], rate: float, rates: Sequence[float]) -> dict:
     """What a cell's row says of the results of all seeds at the best of ``rates``."""
     return (
-        {name: of_seeds[0][name] for name in ("numbers", "bytes")}
+        {name: of_seeds[0].get(name) for name in ("numbers", "bytes", "flops")}
         | {"learning_rate": rate, "at_edge": rate in (rates[0], rates[-1])}
         | {split: [result[split] for result in of_seeds] for split in ("validation", "test")}
         | {"diverged": sum(result.get("diverged", False) for result in of_seeds)}

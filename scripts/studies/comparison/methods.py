@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_rps import RPSConfig, get_rps_model
 from hf_rps.initial import initial_std
@@ -24,6 +25,7 @@ from studies.comparison.tasks import TASKS, Data, make_config
 from studies.comparison.training import Run, score, train
 from studies.methods import BudgetError
 from studies.methods.at_start import prune_at_start
+from studies.methods.input_folds import FORMS, form
 from studies.methods.lottery_ticket import densities, global_magnitude_masks, rewind
 from studies.methods.low_rank import get_low_rank_model
 from studies.methods.magnitude import sparse_bytes
@@ -84,6 +86,16 @@ def _rps(**fields) -> Builder:
         settings = {"grad_scaling": "norm" if run.optimizer == "adamw" else "projection"} | fields
         model = get_rps_model(dense.model, RPSConfig(ratio=1 / compression, seed=run.seed, init_std=std, **settings))
         return model, dense.stored(sum(p.numel() for p in model.parameters()) - dense.rest)
+
+    return build
+
+
+def _form(name: str) -> Builder:
+    """RPS with all of the compression by folding inputs, in another form than the library's."""
+
+    def build(dense: Dense, compression: float, run: Run, data: Data) -> Built:
+        with form(name):
+            return _rps(input_fold="full")(dense, compression, run, data)
 
     return build
 
@@ -158,6 +170,13 @@ def _result(compression: float, stored: Stored) -> dict:
     return {"compression": compression, "numbers": stored.numbers, "bytes": stored.bytes}
 
 
+def _flops(model: nn.Module, data: Data, device: torch.device) -> int:
+    row = {name: tensor[:1].to(device) for name, tensor in data.test.items()}
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(**row)
+    return counter.get_total_flops()
+
+
 # ---- all of them
 
 
@@ -168,7 +187,8 @@ class Method(NamedTuple):
         title: For tables and plots.
         build: None for lottery tickets, whose budgets come out of one chain of trainings.
         init_exponent: That of C = RMS(sigma) * c^-init_exponent, or None for methods without a shared array.
-        kind: "dense", "rps" (ours), "mapping" (earlier sharing), "start" (pruning at the start), "tickets", "smaller".
+        kind: "dense", "rps" (ours), "mapping" (earlier sharing), "start" (pruning at the start), "tickets", "smaller",
+            "form" (of folding inputs; not in the main table).
         dense_at_1: Whether the method at compression 1 is the dense model by construction, so that it need not run.
     """
 
@@ -185,6 +205,10 @@ METHODS = {
     "rps": Method("RPS", _rps(), "rps", False, INIT_EXPONENT),
     "rps-element": Method("RPS, a sign per weight", _rps(sign="element"), "rps", False, INIT_EXPONENT),
     "rps-module": Method("RPS, shared per module", _rps(sharing="module"), "rps", False, INIT_EXPONENT),
+    **{
+        f"fold-{fold}": Method(f"RPS, input fold {fold}", _rps(input_fold=fold), "rps", False, INIT_EXPONENT)
+        for fold in (2, 4, 8, "full")
+    },
     "roast-scaled": Method(
         "ROAST mapping, gradient scaling", _rps(mapping="roast", **_HASHED), "mapping", False, INIT_EXPONENT
     ),
@@ -201,14 +225,16 @@ METHODS = {
     "width": Method("smaller dense, width", _smaller("width"), "smaller"),
     "depth": Method("smaller dense, depth", _smaller("depth"), "smaller"),
     "low-rank": Method("low-rank factors", _low_rank, "smaller", False),
+    **{f"form-{name}": Method(FORMS[name].title, _form(name), "form", False, INIT_EXPONENT) for name in FORMS},
 }  # fmt: skip
 
 
 def execute(run: Run, data: Data, device: torch.device) -> list[dict]:
     """Train and score ``run``: a result for each of its compressions.
 
-    A result has "compression", "numbers", "bytes", "validation", "test", "seconds" and, if the loss stopped being
-    finite, "diverged". A budget that the method can't reach has "unreachable" with the reason instead of scores.
+    A result has "compression", "numbers", "bytes", "flops" (of a forward pass of one row, by torch's counter),
+    "validation", "test", "seconds" and, if the loss stopped being finite, "diverged". A budget that the method can't
+    reach has "unreachable" with the reason instead of scores.
     """
     method = METHODS[run.method]
     if method.build is None:
@@ -223,5 +249,5 @@ def execute(run: Run, data: Data, device: torch.device) -> list[dict]:
     losses: list[torch.Tensor] = []
     finite = train(model, run, data.train, on_step=lambda step, loss: losses.append(loss))
     tail = torch.stack(losses[-max(1, len(losses) // 10) :]).mean().item()
-    result = _result(compression, stored) | score(model, run, data, finite)
+    result = _result(compression, stored) | {"flops": _flops(model, data, device)} | score(model, run, data, finite)
     return [result | {"train_loss": tail, "seconds": round(time.perf_counter() - start, 2)}]
