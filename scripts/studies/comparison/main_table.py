@@ -42,9 +42,9 @@ def compare(
     the dense model at compression 1.
 
     Returns:
-        A row per cell: "task", "method", "compression", "numbers", "bytes", "flops", "learning_rate", "at_edge" (the best
-        rate was the smallest or largest of the grid), "validation" and "test" (a list over the seeds), "diverged" (how
-        many), or "unreachable".
+        A row per cell: "task", "method", "compression", "numbers", "bytes", "flops", "learning_rate", "at_edge" (the
+        best rate was the smallest or largest of the grid), "validation" and "test" (a list over the seeds), "diverged"
+        (how many), or "unreachable".
     """
     size, rates = preset.sizes[task], tuple(rates or RATES[TASKS[task].optimizer])
 
