@@ -38,7 +38,7 @@ class RPSConv(RPSLayer):
         if isinstance(self.shared.matrix, FoldedMatrix) and dense.groups == 1:
             # a convolution of the folded channels, in which each block of rows is a group
             self.__dict__["_narrow_shell"] = copy.copy(self._shell)
-            self._narrow_shell.groups = self.shared.matrix.input_fold.blocks
+            self._narrow_shell.groups = self.shared.matrix.blocks
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
@@ -50,13 +50,14 @@ class RPSConv(RPSLayer):
 
     def _folded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The convolution with folded channels: no weight of the dense size is made."""
-        fold = self.shared.matrix.input_fold
+        matrix, fold = self.shared.matrix, self.shared.matrix.input_fold
         batched = x if x.dim() == len(self.kernel_size) + 2 else x[None]
         weight = self.shared.materialise_narrow(x.device, dtype)  # (rows, narrow columns)
-        missing = fold.blocks * fold.block_rows - fold.rows
+        missing = matrix.blocks * matrix.block_rows - matrix.rows
         weight = F.pad(weight, (0, 0, 0, missing)) if missing else weight  # groups are of one size
         weight = weight.view(-1, fold.width, *self.kernel_size)
-        y = self._narrow_shell._conv_forward(fold.fold_channels(batched), weight, None)[:, : fold.rows]
+        channels = fold.fold_channels(batched)[:, : matrix.blocks * fold.width]
+        y = self._narrow_shell._conv_forward(channels, weight, None)[:, : matrix.rows]
         if self.bias is not None:
             y = y + self.bias.to(dtype).view(-1, *[1] * len(self.kernel_size))
         elif missing:

@@ -27,15 +27,15 @@ def weight(psi: Tensor, weight_map: WeightMap, name: str) -> Tensor:
     fold = weight_map.fold_of(name)
     if fold is None:
         return narrow.to(psi.dtype)
-    coefficients, columns = folding(fold)
+    coefficients, columns = folding(fold, weight_map.target(name).out_features)
     return (narrow[:, columns] * torch.from_numpy(coefficients).to(narrow)).to(psi.dtype)
 
 
-def folding(fold: InputFold) -> tuple[np.ndarray, np.ndarray]:
+def folding(fold: InputFold, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """For every weight of W (rows, cols) its coefficient, and for every column of W the column of Z that it reads."""
     channel, position = np.divmod(np.arange(fold.channels * fold.positions), fold.positions)
     tile, place = np.divmod(channel, fold.width)
-    block = np.arange(fold.rows) // fold.block_rows
+    block = np.arange(rows) // -(-rows // min(fold.c, rows))
     return fold.mix[block][:, tile] * fold.signs[tile, place], place * fold.positions + position
 
 
@@ -45,7 +45,7 @@ def gamma(weight_map: WeightMap) -> np.ndarray:
     for target in weight_map.targets:
         slots, fold, squares = weight_map.slots(target.name), weight_map.fold_of(target.name), None
         if fold is not None:
-            coefficients, columns = folding(fold)
+            coefficients, columns = folding(fold, target.out_features)
             slots, squares = slots[:, columns], np.square(coefficients).ravel()
         counts = np.bincount(slots.ravel(), weights=squares, minlength=weight_map.m)
         total += weight_map.scale(target.name) ** 2 * counts

@@ -13,6 +13,7 @@ all outputs (J = 1), which leaves W of rank K / c; with J = c it has full rank.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from hf_rps.hashing import hash_signs
 from hf_rps.mappings.base import DeviceCopies, SharedMatrix
+
+MIXED_AT_ONCE = 16  # tiles, up to which one small matrix product costs less than two
 
 
 def folded_size(channels: int, fold: int) -> tuple[int, int]:
@@ -34,138 +37,164 @@ def folded_size(channels: int, fold: int) -> tuple[int, int]:
     return c, -(-channels // c)
 
 
-def mixing(blocks: int, c: int) -> np.ndarray:
-    """``mix`` (blocks, c), float64: rows of length sqrt(c), any c that follow each other orthogonal.
+def mixing_factors(c: int) -> tuple[np.ndarray, ...]:
+    """Matrices whose Kronecker product is ``mix`` (c, c), float64: each orthogonal with rows of length sqrt(its size).
 
-    Hadamard's matrix (Sylvester's construction) where c is a power of two, the DCT-II elsewhere, repeated for more
-    blocks than c.
+    One for c up to 16, else two of sizes a <= b with c = a b as near to each other as can be, which cost a + b
+    multiplications a channel and not c. Each is Hadamard's matrix (Sylvester's construction, whose Kronecker products
+    are of its kind again) where its size is a power of two, and the DCT-II elsewhere.
     """
-    if c & (c - 1) == 0:
+    a = 1 if c <= MIXED_AT_ONCE else max(d for d in range(1, math.isqrt(c) + 1) if c % d == 0)
+    return tuple(_orthogonal(size) for size in (a, c // a) if size > 1) or (_orthogonal(1),)
+
+
+def _orthogonal(size: int) -> np.ndarray:
+    if size & (size - 1) == 0:
         matrix = np.ones((1, 1))
-        while len(matrix) < c:
+        while len(matrix) < size:
             matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    else:
-        row, column = np.arange(c)[:, None], np.arange(c)[None]
-        matrix = np.cos(math.pi * row * (2 * column + 1) / (2 * c)) * math.sqrt(2)
-        matrix[0] = 1.0
-    return matrix[np.arange(blocks) % c]
+        return matrix
+    row, column = np.arange(size)[:, None], np.arange(size)[None]
+    matrix = np.cos(math.pi * row * (2 * column + 1) / (2 * size)) * math.sqrt(2)
+    matrix[0] = 1.0
+    return matrix
 
 
 class InputFold:
-    """How the input of one matrix is folded: the same for all that share the stream ``key`` and the sizes.
+    """How an input is folded: the same for all layers that share the stream ``key`` and the number of channels.
 
     Args:
         channels: Of the input; each is ``positions`` columns of the matrix (more than one in convolutions).
         fold: c, at most the number of channels.
-        rows: Of the matrix.
-        key: Of the hashed streams.
+        key: Of the hashed signs.
+
+    Attributes:
+        blocks: How many folds of the input there are: c.
     """
 
-    def __init__(self, channels: int, positions: int, fold: int, rows: int, key: int):
-        self.channels, self.positions, self.rows = channels, positions, rows
+    def __init__(self, channels: int, positions: int, fold: int, key: int):
+        self.channels, self.positions = channels, positions
         self.c, self.width = folded_size(channels, fold)
-        self.block_rows = -(-rows // min(self.c, rows))
-        self.blocks = -(-rows // self.block_rows)
-        padded = self.c * self.width
-        self.signs = hash_signs(key, padded).reshape(self.c, self.width)
-        self.mix = mixing(self.blocks, self.c)
+        self.blocks = self.c
+        self.signs = hash_signs(key, self.c * self.width).reshape(self.c, self.width)
+        factors = mixing_factors(self.c)
+        self.mix = functools.reduce(np.kron, factors)
         with torch.inference_mode(False):
-            self._mix = DeviceCopies(torch.from_numpy(self.mix))
-            self._signs = DeviceCopies(torch.from_numpy(self.signs))
-        self._typed: dict[tuple, tuple[Tensor, Tensor]] = {}
+            self._factors = [DeviceCopies(torch.from_numpy(factor)) for factor in factors]
+            columns = torch.from_numpy(self.signs.ravel()[:channels].repeat(positions))
+            self._signs = DeviceCopies(columns)
+        self._typed: dict[tuple, tuple[list[Tensor], Tensor]] = {}
 
     def __getstate__(self):
         return self.__dict__ | {"_typed": {}}
 
-    def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """mix (J, c) and signs (c, width, 1), where ``like`` is and in its dtype."""
+    @property
+    def _padded(self) -> int:
+        """Columns of the tiles: at least those of the input."""
+        return self.c * self.width * self.positions
+
+    @property
+    def multiplications(self) -> int:
+        """Of one input."""
+        return self.channels * self.positions * sum(len(factor.tensors()[0]) for factor in self._factors)
+
+    def _constants(self, like: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The factors of mix and the signs (columns of the input,), where ``like`` is and in its dtype."""
         key = (like.device, like.dtype)
         if key in self._typed:
             return self._typed[key]
-        mix = self._mix.on(like.device).to(like.dtype)
-        signs = self._signs.on(like.device).to(like.dtype).view(self.c, self.width, 1)
+        factors = [factor.on(like.device).to(like.dtype) for factor in self._factors]
+        signs = self._signs.on(like.device).to(like.dtype)
         if not torch.compiler.is_compiling():
             with torch.inference_mode(False):
-                self._typed[key] = (mix.clone(), signs.clone())
-        return mix, signs
+                self._typed[key] = ([factor.clone() for factor in factors], signs.clone())
+        return factors, signs
 
-    def coefficients(self, like: Tensor) -> Tensor:
-        """(J, c, width): what each channel counts in each block, ``fold_j(x)[b] = sum_t this[j, t, b] x[t, b]``."""
-        mix, signs = self._constants(like)
-        return mix[:, :, None] * signs.squeeze(-1)
+    @property
+    def coefficients(self) -> np.ndarray:
+        """(blocks, c, width): what channels count, ``fold_j(x)[b] = sum_t this[j, t, b] x[t, b]``."""
+        return self.mix[:, :, None] * self.signs
 
     def fold(self, x: Tensor) -> Tensor:
-        """x (..., channels * positions) folded for every block: (..., J, width * positions)."""
-        mix, signs = self._constants(x)
-        missing = self.c * self.width - self.channels
-        x = F.pad(x, (0, missing * self.positions)) if missing else x
-        tiles = x.unflatten(-1, (self.c, self.width, self.positions)) * signs
-        return torch.matmul(mix, tiles.flatten(-2))
+        """x (..., channels * positions) folded for every block: (..., blocks, width * positions)."""
+        factors, signs = self._constants(x)
+        x, missing = x * signs, self._padded - x.size(-1)
+        return _mixed((F.pad(x, (0, missing)) if missing else x).unflatten(-1, (self.c, -1)), factors)
 
-    def fold_tokens(self, x: Tensor) -> Tensor:
-        """x (tokens, channels * positions) folded for every block, block by block: (J, tokens, width * positions).
+    def fold_unfollowed(self, x: Tensor) -> Tensor:
+        """:meth:`fold`, a pass faster, where nothing follows the operations: no autograd, compiler or transform."""
+        cols = x.size(-1)
+        if cols == self._padded:
+            return self.fold(x)
+        factors, signs = self._constants(x)
+        tiles = x.new_empty(*x.shape[:-1], self._padded)
+        torch.mul(x, signs, out=tiles[..., :cols])
+        tiles[..., cols:] = 0
+        return _mixed(tiles.unflatten(-1, (self.c, -1)), factors)
 
-        One product with all tokens side by side, where :meth:`fold` has a small one for each.
-        """
-        mix, signs = self._constants(x)
-        if missing := self.c * self.width - self.channels:
-            x = F.pad(x, (0, missing * self.positions))
-        tokens = x.size(0)
-        tiles = x.new_empty(self.c, tokens, self.width, self.positions)
-        torch.mul(x.view(tokens, self.c, self.width, self.positions).transpose(0, 1), signs[:, None], out=tiles)
-        return torch.mm(mix, tiles.view(self.c, -1)).view(self.blocks, tokens, -1)
-
-    def unfold_tokens(self, folded: Tensor) -> Tensor:
-        """The adjoint of :meth:`fold_tokens`, of a contiguous (J, tokens, width * positions)."""
-        mix, signs = self._constants(folded)
-        tokens = folded.size(1)
-        tiles = torch.mm(mix.t(), folded.view(self.blocks, -1)).view(self.c, tokens, self.width, self.positions)
-        x = folded.new_empty(tokens, self.c, self.width, self.positions)
-        torch.mul(tiles, signs[:, None], out=x.transpose(0, 1))
-        return x.view(tokens, -1)[:, : self.channels * self.positions]
+    def unfold(self, folded: Tensor) -> Tensor:
+        """The adjoint of :meth:`fold`: (..., blocks, width * positions) as (..., channels * positions)."""
+        factors, signs = self._constants(folded)
+        return _mixed(folded, [factor.t() for factor in factors]).flatten(-2)[..., : len(signs)] * signs
 
     def fold_channels(self, x: Tensor) -> Tensor:
-        """x (N, channels, ...) folded for every block, channel by channel: (N, J * width, ...)."""
-        mix, signs = self._constants(x)
+        """x (N, channels, ...) folded for every block, channel by channel: (N, blocks * width, ...)."""
+        factors, signs = self._constants(x)
+        sizes, x = x.shape[2:], x.flatten(2) * signs[:: self.positions, None]
         missing = self.c * self.width - self.channels
-        x = torch.cat([x, x.new_zeros(x.size(0), missing, *x.shape[2:])], 1) if missing else x
-        tiles = x.unflatten(1, (self.c, self.width)) * signs.view(1, self.c, self.width, *[1] * (x.dim() - 2))
-        return torch.tensordot(tiles, mix, dims=([1], [1])).movedim(-1, 1).flatten(1, 2)
-
-    def blocks_of(self, rows: Tensor) -> Tensor:
-        """(..., rows) as (..., J, rows of a block), filled up with zeros."""
-        missing = self.blocks * self.block_rows - self.rows
-        return (F.pad(rows, (0, missing)) if missing else rows).unflatten(-1, (self.blocks, self.block_rows))
+        x = F.pad(x, (0, 0, 0, missing)) if missing else x
+        return _mixed(x.unflatten(1, (self.c, self.width)).flatten(2), factors).view(x.size(0), -1, *sizes)
 
     def tensors(self) -> list[Tensor]:
-        return [*self._mix.tensors(), *self._signs.tensors(), *(t for pair in self._typed.values() for t in pair)]
+        typed = [tensor for factors, signs in self._typed.values() for tensor in (*factors, signs)]
+        return [*(t for factor in self._factors for t in factor.tensors()), *self._signs.tensors(), *typed]
+
+
+def _mixed(tiles: Tensor, factors: list[Tensor]) -> Tensor:
+    """tiles (..., c, size), mixed by a matrix (c, c) that is one factor, or the Kronecker product of two."""
+    if len(factors) == 1:
+        return torch.matmul(factors[0], tiles)
+    first, last = factors
+    tiles = torch.matmul(last, tiles.unflatten(-2, (len(first), len(last))))
+    return torch.matmul(first, tiles.flatten(-2)).unflatten(-1, (len(last), -1)).flatten(-3, -2)
 
 
 class FoldedMatrix(SharedMatrix):
-    """W (rows, cols) = Z S for a shared matrix Z (rows, cols / c) and the fold S of the input."""
+    """W (rows, cols) = Z S for a shared matrix Z (rows, cols / c) and the fold S of the input.
+
+    The rows lie in J = :attr:`blocks` blocks of :attr:`block_rows`, the last of which may be shorter; each reads a fold
+    of its own.
+    """
 
     def __init__(self, inner: SharedMatrix, fold: InputFold):
         self.inner, self.input_fold = inner, fold
         self.rows, self.cols = inner.rows, fold.channels * fold.positions
+        self.block_rows = -(-self.rows // min(fold.blocks, self.rows))
+        self.blocks = -(-self.rows // self.block_rows)
 
     @property
     def multiplications(self) -> int:
-        return self.inner.multiplications + self.input_fold.blocks * self.cols  # Z, and the fold
+        return self.inner.multiplications + self.input_fold.multiplications
+
+    def in_blocks(self, rows: Tensor) -> Tensor:
+        """(..., rows) as (..., J, rows of a block), filled up with zeros."""
+        missing = self.blocks * self.block_rows - self.rows
+        return (F.pad(rows, (0, missing)) if missing else rows).unflatten(-1, (self.blocks, self.block_rows))
 
     def unfolded(self, narrow: Tensor) -> Tensor:
         """Z S for any Z (rows, cols / c): (rows, cols)."""
         fold = self.input_fold
-        blocks = fold.blocks_of(narrow.t()).permute(1, 2, 0)  # (J, rows of a block, narrow columns)
+        blocks = self.in_blocks(narrow.t()).permute(1, 2, 0)  # (J, rows of a block, narrow columns)
         blocks = blocks.unflatten(-1, (fold.width, fold.positions))
-        tiles = blocks[:, :, None] * fold.coefficients(narrow)[:, None, :, :, None]
+        coefficients = torch.from_numpy(fold.coefficients[: self.blocks]).to(narrow.device, narrow.dtype)
+        tiles = blocks[:, :, None] * coefficients[:, None, :, :, None]
         return tiles.flatten(0, 1)[: self.rows].flatten(1)[:, : self.cols]
 
     def folded(self, wide: Tensor) -> Tensor:
         """G S^T for any G (rows, cols): (rows, cols / c)."""
-        fold = self.input_fold
-        every = fold.fold(wide)  # (rows, J, narrow columns): of each row by the folds of all blocks
-        own = torch.arange(self.rows, device=wide.device) // fold.block_rows
-        return every[torch.arange(self.rows, device=wide.device), own]
+        every = self.input_fold.fold(wide)  # (rows, blocks, narrow columns): of each row by the folds of all blocks
+        row = torch.arange(self.rows, device=wide.device)
+        return every[row, row // self.block_rows]
 
     def weight(self, psi: Tensor) -> Tensor:
         return self.unfolded(self.inner.weight(psi))
@@ -198,15 +227,18 @@ class FoldedMatrix(SharedMatrix):
     def _squares(self) -> Tensor:
         """What each weight of Z has of squares in W, (rows, cols / c): c, less where the input was filled up."""
         fold = self.input_fold
-        there = (torch.arange(fold.c * fold.width) < fold.channels).view(fold.c, fold.width)
-        per_block = (fold.coefficients(torch.zeros((), dtype=torch.float64)).square() * there).sum(1)
-        per_block = per_block.repeat_interleave(fold.positions, dim=1)
-        return per_block.repeat_interleave(fold.block_rows, dim=0)[: self.rows]
+        there = (np.arange(fold.c * fold.width) < fold.channels).reshape(fold.c, fold.width)
+        per_block = (np.square(fold.coefficients[: self.blocks]) * there).sum(1).repeat(fold.positions, axis=1)
+        return torch.from_numpy(per_block.repeat(self.block_rows, axis=0)[: self.rows])
 
     def linear(self, x: Tensor, psi: Tensor) -> Tensor:
-        fold, narrow = self.input_fold, self.inner.weight(psi).to(x.dtype)
-        blocks = fold.blocks_of(narrow.t()).permute(1, 0, 2)  # (J, narrow columns, rows of a block)
-        y = torch.einsum("...jk,jkn->...jn", fold.fold(x), blocks)
+        return self.linear_of_folded(self.input_fold.fold(x), psi)
+
+    def linear_of_folded(self, folded: Tensor, psi: Tensor) -> Tensor:
+        """The same for an input that is folded already, (..., blocks, cols / c)."""
+        narrow = self.inner.weight(psi).to(folded.dtype)
+        weights = self.in_blocks(narrow.t()).permute(1, 0, 2)  # (J, narrow columns, rows of a block)
+        y = torch.einsum("...jk,jkn->...jn", folded[..., : self.blocks, :], weights)
         return y.flatten(-2)[..., : self.rows]
 
     def kept_tensors(self) -> list[Tensor]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from hf_rps.hashing import hash_signs, stream_key
 from hf_rps.mappings.base import Mapping, SharedMatrix, Span, Target
-from hf_rps.mappings.input_fold import FoldedMatrix, InputFold, folded_size
+from hf_rps.mappings.input_fold import MIXED_AT_ONCE, FoldedMatrix, InputFold, folded_size
 from hf_rps.mappings.table import MAPPINGS
 
 INIT_EXPONENT = 1 / 3  # of m / n in the default C; docs/comparison.md has the measurement
@@ -68,6 +68,7 @@ class WeightMap:
         self.targets = tuple(targets)
         self.ratio, self.seed, self.sharing, self.mapping, self.sign = ratio, seed, sharing, mapping, sign
         self.input_fold = input_fold
+        self._folds: dict[tuple, InputFold] = {}
         self.index = {target.name: i for i, target in enumerate(self.targets)}
         if not self.targets or len(self.index) != len(self.targets):
             raise ValueError(f"a weight map needs targets with distinct names, got {[t.name for t in self.targets]}")
@@ -113,9 +114,13 @@ class WeightMap:
         channels = target.in_features // target.positions
         if folded_size(channels, self.input_fold)[0] == 1:
             return None
-        # the same signs for all layers of a module: those that share an input (q, k, v) fold it once
-        key = stream_key(self.seed, "input_fold", name.rpartition(".")[0])
-        return InputFold(channels, target.positions, self.input_fold, target.out_features, key)
+        # the same object for all layers of a module: those that share an input (q, k, v) fold it once
+        module = name.rpartition(".")[0]
+        place = (module, channels, target.positions)
+        if place not in self._folds:
+            key = stream_key(self.seed, "input_fold", module)
+            self._folds[place] = InputFold(channels, target.positions, self.input_fold, key)
+        return self._folds[place]
 
     def target(self, name: str) -> Target:
         return self.targets[self.index[name]]
@@ -164,6 +169,8 @@ class WeightMap:
         }
         if self.input_fold != 1:
             content |= {"input_fold": self.input_fold, "positions": [t.positions for t in self.targets]}
+            if self.input_fold > MIXED_AT_ONCE:
+                content["mixing"] = "Kronecker"
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def sentinel_shape(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The autograd nodes of shared weights: a linear layer by any product, and a weight made whole.
+"""The autograd nodes of shared weights: a linear layer by any product, an input folded, and a weight made whole.
 
 Their backward passes return no gradient for psi: they add it to the buffer of the pass, and the pass's own node
 (:class:`hf_rps.psi.sink.GradientSink`) hands the sum to autograd. In a backward pass that is itself differentiated they
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_rps import internals
 from hf_rps.mappings.base import SharedMatrix
+from hf_rps.mappings.input_fold import InputFold
 from hf_rps.products.base import Made, Product
 
 
@@ -30,7 +31,7 @@ def shared_linear(
     """The linear layer whose weight is the shared matrix of ``product``, plus ``base`` if that is given.
 
     Args:
-        x: (..., cols).
+        x: (..., cols), or as the product's :attr:`input_fold` has made it.
         psi: (m,), the shared array as this pass reads it; of x's dtype or, with a base, of the base's.
         bias: (rows,) or None.
         product: How W is read. With a base the sum is always made, which is one product instead of two.
@@ -44,6 +45,13 @@ def shared_linear(
         return internals.apply_function(_SharedLinear, x, psi, bias, base, product, buffer)
     # an autograd node costs as much as a small product
     return _product(product, base).linear(x, psi, bias)
+
+
+def folded_input(x: Tensor, fold: InputFold) -> Tensor:
+    """x (..., cols) folded for every block of rows: (..., blocks, cols / c), differentiable in x."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return internals.apply_function(_FoldedInput, x, fold)
+    return fold.fold_unfollowed(x)
 
 
 def shared_weight(psi: Tensor, matrix: SharedMatrix, buffer: Buffer | None) -> Tensor:
@@ -60,20 +68,17 @@ def linear_by_definition(
     x: Tensor, psi: Tensor, bias: Tensor | None, matrix: SharedMatrix, base: Tensor | None = None
 ) -> Tensor:
     """:func:`shared_linear` out of operations that autograd, compilers and torch.func can follow."""
-    bias = None if bias is None else bias.to(x.dtype)
     if base is None:
-        y = matrix.linear(x, psi)
-        return y if bias is None else y + bias
-    return F.linear(x, (base + matrix.weight(psi)).to(x.dtype), bias)
+        return _plus(matrix.linear(x, psi), bias)
+    return _plus(F.linear(x, (base + matrix.weight(psi)).to(x.dtype)), bias)
+
+
+def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _product(product: Product, base: Tensor | None) -> Product:
     return product if base is None else Made(product.matrix, base)
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    """A tensor (..., size) as (tokens, size)."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.size(-1))
 
 
 def _gradients_by_definition(
@@ -107,6 +112,18 @@ def _kept(ctx) -> Tensor:
     return ctx.psi
 
 
+class _FoldedInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, fold):
+        ctx.set_materialize_grads(False)
+        ctx.fold = fold
+        return fold.fold_unfollowed(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None if gradient is None else ctx.fold.unfold(gradient), None
+
+
 class _SharedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, psi, bias, base, product, buffer):
@@ -123,16 +140,21 @@ class _SharedLinear(torch.autograd.Function):
         (x, bias, base), psi = ctx.saved_tensors, _kept(ctx)
         needs_x, needs_psi, needs_bias = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # double backward
-            y = linear_by_definition(x, psi, bias, ctx.product.matrix, base)
+            product = ctx.product
+            if base is None:
+                y = _plus(product.by_definition(x, psi), bias)
+            else:
+                y = linear_by_definition(x, psi, bias, product.matrix, base)
             gradients = _gradients_by_definition(y, gy, (x, psi, bias), (needs_x, needs_psi, needs_bias))
             return (*gradients, None, None, None)
-        flat = _matrix(gy)  # (tokens, rows)
+        flat = gy if gy.dim() == 2 else gy.reshape(-1, gy.size(-1))  # (tokens, rows)
         gbias = flat.sum(0).to(bias.dtype) if needs_bias else None
         gx = None
         if needs_x or needs_psi:
             into = ctx.buffer.get(psi) if needs_psi else None
-            gx = _product(ctx.product, base).gradients(flat, _matrix(x), psi, needs_x, into)
-            if gx is not None and x.dim() != 2:
+            product = _product(ctx.product, base)
+            gx = product.gradients(flat, product.tokens(x), psi, needs_x, into)
+            if gx is not None and gx.shape != x.shape:
                 gx = gx.view(x.shape)
         return gx, None, gbias, None, None, None
 

@@ -17,10 +17,18 @@ from torch import Tensor
 
 from hf_rps import internals
 from hf_rps.mappings.base import SharedMatrix
+from hf_rps.mappings.input_fold import InputFold
 
 
 class Product(ABC):
-    """y = x W^T + b and its gradients for one shared matrix W (rows, cols), read from psi (m,)."""
+    """y = x W^T + b and its gradients for one shared matrix W (rows, cols), read from psi (m,).
+
+    Attributes:
+        input_fold: What is done to x before, once for all layers that read it; x is then (..., blocks, cols / c), and
+            so is what :meth:`gradients` gives back for it. None: the product reads x itself.
+    """
+
+    input_fold: InputFold | None = None
 
     def __init__(self, matrix: SharedMatrix):
         self.matrix = matrix
@@ -37,6 +45,14 @@ class Product(ABC):
     @abstractmethod
     def linear(self, x: Tensor, psi: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., cols) W^T + bias (rows,): (..., rows), a new tensor and not a view of one; psi is of x's dtype."""
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """x (..., cols) as (tokens, cols)."""
+        return x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+
+    def by_definition(self, x: Tensor, psi: Tensor) -> Tensor:
+        """x W^T by operations that autograd can follow twice."""
+        return self.matrix.linear(x, psi)
 
     @abstractmethod
     def gradients(self, gy: Tensor, x: Tensor, psi: Tensor, needs_x: bool, into: Tensor | None) -> Tensor | None:

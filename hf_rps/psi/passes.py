@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_rps import internals
+from hf_rps.mappings.input_fold import InputFold
+from hf_rps.products.autograd import folded_input
 from hf_rps.psi.sink import GradientBuffer
 
 
@@ -44,6 +46,26 @@ class _Entry(NamedTuple):
 def _version(psi: Tensor) -> int | None:
     """How often psi was written to; None for a tensor that does not count."""
     return None if psi.is_inference() else psi._version
+
+
+class _Folded(NamedTuple):
+    """An input, how and to what it was folded, and its version then."""
+
+    x: weakref.ref
+    version: int
+    fold: InputFold
+    dtype: torch.dtype
+    folded: Tensor
+
+    def is_of(self, x: Tensor, fold: InputFold, dtype: torch.dtype) -> bool:
+        return (
+            self.x() is x
+            and self.version == x._version
+            and self.fold is fold
+            and self.dtype == dtype
+            and self.folded.requires_grad == (x.requires_grad and torch.is_grad_enabled())
+            and self.folded.is_inference() == torch.is_inference_mode_enabled()
+        )
 
 
 class Passes:
@@ -115,9 +137,7 @@ class Passes:
 
         A pass that Ctrl-C has cut short is never closed. It is found out by a change of psi since.
         """
-        readings = getattr(self._open_here, "readings", None)
-        if readings is None:
-            readings = self._recomputed()
+        readings = self._kept()
         if readings is None:
             return make(device, dtype)
         key = (device, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
@@ -125,6 +145,26 @@ class Passes:
         if entry is None or entry.is_stale(psi):
             entry = readings[key] = _Entry(make(device, dtype), psi, _version(psi))
         return entry.reading
+
+    def folded(self, x: Tensor, fold: InputFold, dtype: torch.dtype) -> Tensor:
+        """x (..., channels) cast to ``dtype`` and folded, once for those that ask for the same one after the other.
+
+        What was folded last is kept, and until the pass ends. An inference tensor does not count how often it was
+        written to, and is folded anew each time.
+        """
+        kept = None if x.is_inference() else self._kept()
+        last = None if kept is None else kept.get(_Folded)
+        if last is not None and last.is_of(x, fold, dtype):
+            return last.folded
+        folded = folded_input(x.to(dtype), fold)
+        if kept is not None:
+            kept[_Folded] = _Folded(weakref.ref(x), x._version, fold, dtype, folded)
+        return folded
+
+    def _kept(self) -> dict | None:
+        """What is kept until the end of this pass, or of the backward pass that recomputes a part of it."""
+        kept = getattr(self._open_here, "readings", None)
+        return self._recomputed() if kept is None else kept
 
     def _recomputed(self) -> dict | None:
         """The readings of layers that run inside a backward pass (gradient checkpointing), dropped at its end."""

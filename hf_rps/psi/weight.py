@@ -78,12 +78,16 @@ class SharedWeight:
 
         x (..., in_features) is of that dtype, or is cast to it where autocast is on.
         """
-        x = cast_to_autocast(x, dtype)
         choose = self.source.array.choose
         if not takes_plain_path():
             product = choose(self.products, x)
+            if product.input_fold is None:
+                x = cast_to_autocast(x, dtype)
+            else:
+                x = self.source.array.passes.folded(x, product.input_fold, dtype)
             psi, buffer = self.source.read(x.device, dtype)
             return shared_linear(x, psi, bias, product, buffer)
+        x = cast_to_autocast(x, dtype)
         psi = self._plain_psi(x.device, dtype)
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():
             return choose(self.products, x).traced(x, psi, None if bias is None else bias.to(dtype))

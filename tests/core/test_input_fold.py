@@ -14,7 +14,7 @@ from hf_rps.config import most_input_fold
 from hf_rps.conversion import find_bank
 from hf_rps.mappings import definition
 from hf_rps.mappings.base import Target
-from hf_rps.mappings.input_fold import InputFold, mixing
+from hf_rps.mappings.input_fold import InputFold, mixing_factors
 from hf_rps.mappings.weight_map import WeightMap
 from hf_rps.products.base import products_of
 from hf_rps.products.input_fold import Folded
@@ -71,9 +71,13 @@ def test_all_that_a_matrix_does_is_its_definition(weight_map, seed):
         matrix.add_adjoint(into, gy.t() @ x.detach())
         torch.testing.assert_close(into, gpsi)
         for product in products_of(matrix):
-            torch.testing.assert_close(product.linear(x.detach(), psi, None), y.detach())
+            fold, read = product.input_fold, x.detach()
+            read = read if fold is None else fold.fold(read)
+            torch.testing.assert_close(product.linear(read, psi, None), y.detach())
+            torch.testing.assert_close(product.by_definition(read, psi), y.detach())
             into = torch.zeros_like(psi)
-            torch.testing.assert_close(product.gradients(gy, x.detach(), psi, True, into), gx)
+            found = product.gradients(gy, read, psi, True, into)
+            torch.testing.assert_close(found if fold is None else fold.unfold(found), gx)
             torch.testing.assert_close(into, gpsi)
     torch.testing.assert_close(total, torch.from_numpy(definition.gamma(weight_map)))
     divisor = Divisor([weight_map.matrix(t.name) for t in weight_map.targets], weight_map.m, "projection")
@@ -84,8 +88,8 @@ def test_all_that_a_matrix_does_is_its_definition(weight_map, seed):
 def test_the_definition_written_out():
     """W[r, c] = mix[block of r, tile of c] * sign * Z[r, place of c], for one small map."""
     weight_map = WeightMap([Target("w", 4, 6, 1.0)], ratio=0.5, input_fold=2, sign="none", init_std=1.0)
-    fold = weight_map.fold_of("w")
-    assert (fold.c, fold.width, fold.blocks, fold.block_rows) == (2, 3, 2, 2)
+    fold, matrix = weight_map.fold_of("w"), weight_map.matrix("w")
+    assert (fold.c, fold.width, matrix.blocks, matrix.block_rows) == (2, 3, 2, 2)
     psi = torch.arange(1.0, 13.0)
     z = psi[torch.from_numpy(weight_map.slots("w"))]
     weight = definition.weight(psi, weight_map, "w")
@@ -95,18 +99,46 @@ def test_the_definition_written_out():
             assert weight[r, c] == mix * fold.signs[c // 3, c % 3] * z[r, c % 3]
 
 
-@pytest.mark.parametrize("c", [1, 2, 3, 4, 5, 7, 8, 10, 16, 50])
-def test_mixing_is_orthogonal(c):
-    mix = mixing(c, c)
-    np.testing.assert_allclose(mix @ mix.T, c * np.eye(c), atol=1e-10)
-    np.testing.assert_array_equal(mixing(2 * c, c)[c:], mix)
+@pytest.mark.parametrize(
+    ("c", "sizes"), [(1, [1]), (3, [3]), (10, [10]), (16, [16]), (17, [17]), (32, [4, 8]), (50, [5, 10]), (99, [9, 11])]
+)
+def test_mixing_is_orthogonal(c, sizes):
+    """One small matrix, or two that cost less."""
+    factors = mixing_factors(c)
+    assert [len(factor) for factor in factors] == sizes
+    fold = InputFold(3 * c, 1, c, key=7)
+    np.testing.assert_allclose(fold.mix @ fold.mix.T, c * np.eye(c), atol=1e-10)
+    assert fold.multiplications == 3 * c * sum(sizes)
+    x = torch.randn(2, 3 * c, dtype=torch.float64)
+    expected = torch.einsum("jtb,ntb->njb", torch.from_numpy(fold.coefficients), x.view(2, c, 3))
+    torch.testing.assert_close(fold.fold(x), expected)
+    torch.testing.assert_close(fold.fold_unfollowed(x), expected)
+    torch.testing.assert_close(fold.fold_channels(x[..., None, None]).flatten(1), expected.flatten(1))
+
+
+def test_widths_that_the_fold_does_not_divide():
+    fold, x = InputFold(9, 2, 4, key=7), torch.randn(2, 3, 18, dtype=torch.float64)
+    torch.testing.assert_close(fold.fold_unfollowed(x), fold.fold(x), rtol=0, atol=0)
+    y = torch.randn_like(fold.fold(x))
+    torch.testing.assert_close((fold.unfold(y) * x).sum(), (fold.fold(x) * y).sum())
+
+
+def test_gradients_of_the_second_order():
+    torch.manual_seed(0)
+    model = get_rps_model(_Line(), RPSConfig(ratio=0.25, input_fold=4, grad_scaling="none"))
+    x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: model(x).tanh(), (x,))
+
+
+def test_two_factors_of_hadamards_matrix_are_hadamards():
+    np.testing.assert_array_equal(np.kron(*mixing_factors(32)), np.kron(mixing_factors(16)[0], mixing_factors(2)[0]))
 
 
 def test_folding_keeps_lengths():
-    fold = InputFold(40, 1, 5, 30, key=7)
+    fold = InputFold(40, 1, 5, key=7)
     x = torch.randn(6, 40, dtype=torch.float64)
     torch.testing.assert_close(fold.fold(x).square().sum((1, 2)), 5 * x.square().sum(1))
-    torch.testing.assert_close(fold.unfold_tokens(fold.fold_tokens(x)), 5 * x)
+    torch.testing.assert_close(fold.unfold(fold.fold(x)), 5 * x)
 
 
 def test_golden_integers():
@@ -243,6 +275,85 @@ def test_dtypes_and_shapes(dtype, tokens):
     y += 1  # what a layer gives back may be written to
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model.float()(x.float()).dtype == torch.bfloat16
+
+
+class Siblings(nn.Module):
+    """Layers that read the same input, and one that changes it between two of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(24, rows, bias=False) for rows in (24, 16, 8))
+        self.write = False
+
+    def forward(self, x):
+        q = self.q(x)
+        if self.write:
+            x += 1
+        return torch.cat([q, self.k(x), self.v(x)], -1)
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = Siblings(), nn.Linear(24, 24)
+
+    def forward(self, x):
+        return self.inner(self.head(x))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_one_input_is_folded_once(mode, monkeypatch):
+    torch.manual_seed(0)
+    model = get_rps_model(Outer().double(), RPSConfig(ratio=0.25, input_fold=4, target_modules=["q", "k", "v"]))
+    dense, x = to_dense(copy.deepcopy(model)), torch.randn(3, 24, dtype=torch.float64)
+    folds, fold = [], InputFold.fold
+    monkeypatch.setattr(InputFold, "fold_unfollowed", lambda self, x: folds.append(1) or fold(self, x))
+    for write in (False, True, False):
+        model.inner.write = dense.inner.write = write
+        folds.clear()
+        with mode():
+            torch.testing.assert_close(model(x), dense(x))
+        # an inference tensor does not tell whether it was written to
+        assert len(folds) == (3 if mode is torch.inference_mode else 2 if write else 1)
+    for network in (model, dense):
+        network(x).square().sum().backward()
+    torch.testing.assert_close(model.head.weight.grad, dense.head.weight.grad)
+    folds.clear()
+    torch.testing.assert_close(model.inner.q(x) + 0, dense.inner.q(x))  # outside of a pass nothing is kept
+    torch.testing.assert_close(model.inner.k(x) + 0, dense.inner.k(x))
+    assert len(folds) == 2
+
+
+def test_a_folded_input_is_not_kept_for_another_mode():
+    """First without gradients, then with, in one pass; with autocast, then without."""
+    torch.manual_seed(0)
+    model = get_rps_model(Outer(), RPSConfig(ratio=0.25, input_fold=4, target_modules=["q", "k", "v"]))
+    dense, x = to_dense(copy.deepcopy(model)), torch.randn(3, 24, requires_grad=True)
+
+    def forward(inner, x):
+        with torch.inference_mode():
+            inner.q(x)
+        with torch.no_grad():
+            inner.q(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inner.k(x)
+        return inner.q(x) + inner.k(x).sum(-1, keepdim=True)
+
+    gradients = []
+    for network in (model, dense):
+        network.forward = lambda x, network=network: forward(network.inner, x)
+        y = network(x)
+        gradients.append((y.detach(), torch.autograd.grad(y.square().sum(), x)[0]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_checkpointed_block_folds_its_input_again():
+    torch.manual_seed(0)
+    model = get_rps_model(Outer().double(), RPSConfig(ratio=0.25, input_fold=4, target_modules=["q", "k", "v"]))
+    x = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    model.forward = lambda x: torch.utils.checkpoint.checkpoint(model.inner, model.head(x), use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(model(x).square().sum(), x)[0], expected)
 
 
 def test_which_product():

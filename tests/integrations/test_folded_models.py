@@ -41,7 +41,7 @@ def test_a_model_is_saved_and_loaded_and_made_dense(name, fold, ids, tmp_path):
     assert all(isinstance(m, FoldedMatrix) for m in find_bank(model).array.matrices.values())
     report = size_report(model)
     assert report.m == pytest.approx(0.1 * report.n, rel=0.01)
-    assert report.multiplications < report.dense_multiplications / 2
+    assert report.multiplications < report.dense_multiplications * 0.6
     with torch.no_grad():
         find_bank(model).psi.mul_(1.5)
     expected = logits(model, ids)

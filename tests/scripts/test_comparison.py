@@ -12,10 +12,14 @@ import torch
 import transformers
 from comparison_runs import TINY, tiny_run
 
+from hf_rps.mappings.base import Target
+from hf_rps.mappings.weight_map import WeightMap
+from hf_rps.products.base import products_of
 from studies.comparison import methods, tasks
 from studies.comparison import presets as studies
 from studies.comparison.methods import METHODS
 from studies.comparison.training import train
+from studies.methods import input_folds
 
 
 @pytest.fixture
@@ -152,11 +156,11 @@ def test_what_is_stored(task, method, data, monkeypatch):
     """Numbers in all are those of the model that is trained, but for weights that are held at zero."""
     monkeypatch.setattr("studies.methods.at_start.SYNFLOW_ROUNDS", 5)
     data = tasks.load_text(32, 128) if task == "lm" else data
-    run = tiny_run(method, task, compression=2)
+    compression = {"dense": 1, "fold-4": 4, "fold-8": 8}.get(method, 2)
+    run = tiny_run(method, task, compression=compression)
     dense = methods.dense_model(run, data)
     total = dense.n + dense.rest
     assert total == sum(p.numel() for p in dense.model.parameters())
-    compression = 1 if method == "dense" else 2
     model, stored = METHODS[method].build(dense, compression, run, data)
     nonzero = sum(int((m.weight_mask if hasattr(m, "weight_mask") else p).count_nonzero())
                   for m in model.modules() for name, p in m._parameters.items()
@@ -174,6 +178,30 @@ def test_what_is_stored(task, method, data, monkeypatch):
 def test_a_budget_out_of_reach_is_a_result(data):
     (result,) = methods.execute(tiny_run("low-rank", compression=100), data, torch.device("cpu"))
     assert "smallest ratio that can be reached" in result["unreachable"]
+    (result,) = methods.execute(tiny_run("fold-4", compression=3), data, torch.device("cpu"))
+    assert "a fold of 4" in result["unreachable"]
+
+
+def test_forms_of_folding_are_what_they_say(data):
+    """The same numbers and starts for all; the definition of each, the product that trains, and no trace afterwards."""
+    before = WeightMap.fold_of
+    for name in input_folds.FORMS:
+        with input_folds.form(name):
+            weight_map = WeightMap([Target("a.q", 40, 24, 0.1), Target("c", 16, 54, 0.1, 9)], ratio=0.1, input_fold=5)
+            for target in weight_map.targets:
+                matrix, psi = weight_map.matrix(target.name), torch.randn(weight_map.m, dtype=torch.float64)
+                x = torch.randn(3, target.in_features, dtype=torch.float64)
+                torch.testing.assert_close(matrix.linear(x, psi), x @ matrix.weight(psi).t())
+                (folded, _) = products_of(matrix)
+                fold = folded.input_fold
+                torch.testing.assert_close(folded.linear(fold.fold(x), psi, None), x @ matrix.weight(psi).t())
+                y = torch.randn(3, *fold.fold(x).shape[1:], dtype=torch.float64)
+                torch.testing.assert_close((fold.unfold(y) * x).sum(), (fold.fold(x) * y).sum())
+        blocks = {"half": 2, "double": 10, "one": 1}.get(name, 5)
+        assert fold.coefficients.shape == (blocks, 5, 2)
+        gram = np.einsum("jtb,jsb->bts", fold.coefficients, fold.coefficients) / blocks
+        assert np.allclose(gram, np.eye(5)) == (name not in ("signs", "half", "one"))
+    assert WeightMap.fold_of is before
 
 
 def test_lottery_tickets_are_one_chain(data, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from studies.comparison import cli as compare
-from studies.comparison import learning_rates, stability
+from studies.comparison import folding, learning_rates, stability
 from studies.comparison import presets as studies
 from studies.comparison.runner import Environment, Runner
 from studies.comparison.training import Run
@@ -19,8 +19,9 @@ from studies.comparison.training import Run
 def tiny_presets(monkeypatch):
     """Both presets with models and data that train in a second."""
     preset = dataclasses.replace(studies.PRESETS["quick"], sizes=TINY, short=TINY, seeds=(0, 1))
-    law_rates = {arm: rates[:3] for arm, rates in learning_rates._LAW_RATES.items()}
-    monkeypatch.setattr(learning_rates, "_LAW_RATES", law_rates)
+    for grids in ("_LAW_RATES", "_FOLDED_RATES"):
+        first = {arm: rates[:3] for arm, rates in getattr(learning_rates, grids).items()}
+        monkeypatch.setattr(learning_rates, grids, first)
     monkeypatch.setitem(compare.PRESETS, "quick", preset)
     return preset
 
@@ -100,10 +101,11 @@ def test_stability_law_and_continuity_from_data_to_tables(images, tmp_path, tiny
     """With STABLE-RPS and SGD the score is the same for every C; at 1x RPS is the dense model, ROAST is not."""
     monkeypatch.setattr(stability, "INIT_STDS", (1e-3, 1e-1))
     monkeypatch.setattr(stability, "RATES", {"adamw": (3e-3,), "sgd": (0.01, 0.1)})
-    compare.main(["--studies", "stability", "learning-rate", "continuity", "--seeds", "0",
+    compare.main(["--studies", "stability", "learning-rate", "continuity", "folded-rates", "--seeds", "0",
                   "--fashion_mnist_dir", str(images), "--output_dir", str(tmp_path), "--workers", "1"])  # fmt: skip
     rows = {name: [json.loads(line) for line in (tmp_path / f"{name}-vit.jsonl").read_text().splitlines()]
-            for name in ("stability", "learning-rate", "continuity")}  # fmt: skip
+            for name in ("stability", "learning-rate", "continuity", "folded-rates", "folded-stability")}  # fmt: skip
+    assert {row["method"] for name in ("folded-rates", "folded-stability") for row in rows[name]} == {"fold-full"}
     sgd = [row for row in rows["stability"] if (row["method"], row["optimizer"]) == ("rps", "sgd")]
     by_rate = {rate: [row["test"] for row in sgd if row["learning_rate"] == rate] for rate in (0.01, 0.1)}
     assert all(scores[0] == pytest.approx(scores[1], abs=0.011) for scores in by_rate.values())  # 2 images of 200
@@ -117,6 +119,27 @@ def test_stability_law_and_continuity_from_data_to_tables(images, tmp_path, tiny
     assert len(rows["learning-rate"]) == 4 * 4 * 3
     for name in ("stability-vit.png", "learning-rate-vit.png", "learning-rate-vit.md", "continuity-vit.md"):
         assert (tmp_path / name).stat().st_size > 100
+
+
+def test_forms_and_folds_from_data_to_tables(images, tmp_path, tiny_presets, monkeypatch):
+    monkeypatch.setattr(folding, "FOLD_COMPRESSIONS", (2, 10))
+    compare.main(["--studies", "forms", "folds", "--methods", "dense", "form-one", "form-orthogonal",
+                  "--learning_rates", "0.003", "0.01", "--fashion_mnist_dir", str(images),
+                  "--output_dir", str(tmp_path), "--workers", "1"])  # fmt: skip
+    rows = {name: [json.loads(line) for line in (tmp_path / f"{name}-vit.jsonl").read_text().splitlines()]
+            for name in ("forms", "folds")}  # fmt: skip
+    assert [(row["method"], row["longer"]) for row in rows["forms"]] == [
+        (method, longer) for longer in (1, 4) for method in ("dense", "form-one", "form-orthogonal")
+    ]
+    dense, one, orthogonal = (row["flops"] for row in rows["forms"][:3])
+    assert one < orthogonal < dense
+    cells = [(row["compression"], row["fold"]) for row in rows["folds"][1:]]
+    assert cells == [(2, 1), (2, 2), (10, 1), (10, 2), (10, 4), (10, 8), (10, 10)]
+    assert rows["folds"][2]["flops"] < rows["folds"][1]["flops"] == rows["folds"][0]["flops"]
+    table = (tmp_path / "folds-vit.md").read_text().splitlines()
+    assert table[2].startswith("| 2× |")
+    assert table[2].count("(") == 2  # the cells that there are
+    assert (tmp_path / "folds-vit.png").stat().st_size > 100
 
 
 @pytest.mark.parametrize(

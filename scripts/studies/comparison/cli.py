@@ -18,7 +18,7 @@ from studies.comparison.report import Results
 from studies.comparison.runner import Environment, Runner
 from studies.comparison.tasks import FASHION_MNIST, FASHION_MNIST_FOLDER, TASKS
 
-STUDIES = ("main", "stability", "learning-rate", "continuity", "forms", "folds", "theory")
+STUDIES = ("main", "stability", "learning-rate", "continuity", "forms", "folds", "folded-rates", "theory")
 
 
 @dataclass
@@ -114,3 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         if "folds" in arguments.studies:
             rows = folding.folds(runner, *work, arguments.learning_rates)
             results.write(f"folds-{task}", rows, folding.folds_table, folding.folds_plot)
+        if "folded-rates" in arguments.studies:
+            rows = learning_rates.learning_rate_law(runner, *work, "fold-full")
+            results.write(f"folded-rates-{task}", rows, learning_rates.law_table, learning_rates.law_plot)
+            rows = stability.stability(runner, *work, ("fold-full",))
+            results.write(f"folded-stability-{task}", rows, stability.stability_table)

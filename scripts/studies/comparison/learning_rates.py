@@ -25,24 +25,35 @@ _LAW_RATES = {
     ("adamw", 0.0): (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1),
     ("sgd", 1 / 2): (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
 }
+# the same where all of the compression is by folding inputs; around the dense model's best rate
+_FOLDED_RATES = {
+    ("adamw", 1 / 2): (1e-3, 2e-3, 4e-3, 8e-3),
+    ("adamw", 1 / 3): (1e-3, 2e-3, 4e-3, 8e-3),
+    ("sgd", 1 / 2): (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4),
+}
 
 
-def learning_rate_law(runner: Runner, task: str, preset: Preset, dataset: str = FASHION_MNIST) -> list[dict]:
-    """Validation and test score of RPS over learning rate and compression c: with AdamW for three laws
+def learning_rate_law(
+    runner: Runner, task: str, preset: Preset, dataset: str = FASHION_MNIST, method: str = "rps"
+) -> list[dict]:
+    """Validation and test score over learning rate and compression c: with AdamW for some laws
     C = RMS(sigma) * c^-a, and with SGD, for which the projected gradient makes C immaterial.
 
+    Args:
+        method: "rps", or "fold-full" for all of the compression by folding inputs.
+
     Returns:
-        A row per cell: "task", "optimizer", "init_exponent" (a), "compression", "learning_rate", "validation", "test"
-        (lists over the seeds).
+        A row per cell: "task", "method", "optimizer", "init_exponent" (a), "compression", "learning_rate",
+        "validation", "test" (lists over the seeds).
     """
     cells = [
         (optimizer, exponent, compression, rate)
-        for (optimizer, exponent), rates in _LAW_RATES.items()
+        for (optimizer, exponent), rates in (_LAW_RATES if method == "rps" else _FOLDED_RATES).items()
         for compression in preset.law_compressions
         for rate in rates
     ]
     runs = [
-        make_run(task, "rps", preset.short[task], dataset, optimizer=optimizer, learning_rate=rate, seed=seed,
+        make_run(task, method, preset.short[task], dataset, optimizer=optimizer, learning_rate=rate, seed=seed,
                  init_exponent=1 / 2 if compression == 1 else exponent,  # all the same there
                  compressions=(compression,))
         for optimizer, exponent, compression, rate in cells
@@ -53,8 +64,9 @@ def learning_rate_law(runner: Runner, task: str, preset: Preset, dataset: str = 
     for optimizer, exponent, compression, rate in cells:
         results = [next(found)[0] for _ in preset.seeds]
         rows.append({
-            "task": task, "optimizer": optimizer, "init_exponent": exponent, "compression": compression,
-            "learning_rate": rate, **{split: [r[split] for r in results] for split in ("validation", "test")},
+            "task": task, "method": method, "optimizer": optimizer, "init_exponent": exponent,
+            "compression": compression, "learning_rate": rate,
+            **{split: [r[split] for r in results] for split in ("validation", "test")},
         })  # fmt: skip
     return rows
 

@@ -163,7 +163,7 @@ def compare_plot(rows: list[dict], path: Path) -> None:
                 [x for x, _ in points], list(map(mean, scores)), list(map(spread, scores)),
                 label=METHODS[method].title, marker=markers[i % len(markers)], capsize=2,
                 linewidth=3 if method == "rps" else 1.2, color="tab:red" if method == "rps" else f"C{(i + 4) % 10}",
-                linestyle="-" if METHODS[method].kind in ("rps", "mapping") else ":", markersize=5,
+                linestyle="-" if METHODS[method].kind in ("rps", "fold", "mapping") else ":", markersize=5,
             )  # fmt: skip
         axis.set(xscale="log", xlabel=f"{key} stored, all parameters")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))

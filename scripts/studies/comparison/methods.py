@@ -78,6 +78,9 @@ def _rps(**fields) -> Builder:
     """RPS with ``fields`` of its config other than the defaults."""
 
     def build(dense: Dense, compression: float, run: Run, data: Data) -> Built:
+        fold = fields.get("input_fold", 1)
+        if fold != "full" and fold > compression:
+            raise BudgetError(f"a fold of {fold} leaves fewer weights than {compression:g}x stores")
         std = run.init_std
         if std is None and run.init_exponent != INIT_EXPONENT:  # else the library's own default is what is asked for
             candidates = find_targets(dense.model, RPSConfig())
@@ -187,8 +190,8 @@ class Method(NamedTuple):
         title: For tables and plots.
         build: None for lottery tickets, whose budgets come out of one chain of trainings.
         init_exponent: That of C = RMS(sigma) * c^-init_exponent, or None for methods without a shared array.
-        kind: "dense", "rps" (ours), "mapping" (earlier sharing), "start" (pruning at the start), "tickets", "smaller",
-            "form" (of folding inputs; not in the main table).
+        kind: "dense", "rps" (ours), "fold" (ours, of folded inputs), "mapping" (earlier sharing), "start" (pruning at
+            the start), "tickets", "smaller", "form" (of folding inputs; not in the main table).
         dense_at_1: Whether the method at compression 1 is the dense model by construction, so that it need not run.
     """
 
@@ -206,7 +209,7 @@ METHODS = {
     "rps-element": Method("RPS, a sign per weight", _rps(sign="element"), "rps", False, INIT_EXPONENT),
     "rps-module": Method("RPS, shared per module", _rps(sharing="module"), "rps", False, INIT_EXPONENT),
     **{
-        f"fold-{fold}": Method(f"RPS, input fold {fold}", _rps(input_fold=fold), "rps", False, INIT_EXPONENT)
+        f"fold-{fold}": Method(f"RPS, input fold {fold}", _rps(input_fold=fold), "fold", False, INIT_EXPONENT)
         for fold in (2, 4, 8, "full")
     },
     "roast-scaled": Method(

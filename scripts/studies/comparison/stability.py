@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean as mean
 
@@ -18,10 +19,13 @@ from studies.comparison.tasks import FASHION_MNIST, TASKS
 
 INIT_STDS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1)
 STABILITY_COMPRESSION = 10
+_TITLES = {"roast": "ROAST", "rps": "STABLE-RPS", "fold-full": "all by folding"}
 
 
-def stability(runner: Runner, task: str, preset: Preset, dataset: str = FASHION_MNIST) -> list[dict]:
-    """Test score over C and learning rate of ROAST and of STABLE-RPS, with SGD and with AdamW.
+def stability(
+    runner: Runner, task: str, preset: Preset, dataset: str = FASHION_MNIST, methods: Sequence[str] = ("roast", "rps")
+) -> list[dict]:
+    """Test score over C and learning rate of ``methods``, with SGD and with AdamW.
 
     Returns:
         A row per cell: "task", "method", "optimizer", "init_std", "learning_rate", "test" (a list over the seeds) and
@@ -29,7 +33,7 @@ def stability(runner: Runner, task: str, preset: Preset, dataset: str = FASHION_
     """
     cells = [
         (method, optimizer, std, rate)
-        for method in ("roast", "rps")
+        for method in methods
         for optimizer in ("sgd", "adamw")
         for std in INIT_STDS
         for rate in RATES[optimizer]
@@ -68,8 +72,8 @@ def stability_table(rows: list[dict]) -> str:
     pick = max if TASKS[task].higher else min
     lines = []
     for optimizer in ("sgd", "adamw"):
-        for method, name in (("roast", "ROAST"), ("rps", "STABLE-RPS")):
-            line = [f"{name}, {OPTIMIZERS[optimizer]}"]
+        for method in dict.fromkeys(row["method"] for row in rows):
+            line = [f"{_TITLES[method]}, {OPTIMIZERS[optimizer]}"]
             for std in stds:
                 key = (method, optimizer, std)
                 cells = [row for row in rows if (row["method"], row["optimizer"], row["init_std"]) == key]
@@ -97,8 +101,8 @@ def stability_plot(rows: list[dict], path: Path) -> None:
             axis.text(j, i, f"{values[i, j]:.1f}", ha="center", va="center", color=colour, fontsize=9)
         axis.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
         axis.set_yticks(range(len(lines)), [f"{line:g}" for line in lines])
-        name = "STABLE-RPS" if method == "rps" else "ROAST"
-        axis.set(xlabel="C, std of the shared array", ylabel="learning rate", title=f"{name}, {OPTIMIZERS[optimizer]}")
+        axis.set(xlabel="C, std of the shared array", ylabel="learning rate")
+        axis.set_title(f"{_TITLES[method]}, {OPTIMIZERS[optimizer]}")
     figure.colorbar(image, ax=axes, label=unit(task))
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_rps.hashing import hash_signs, stream_key
 from hf_rps.mappings import weight_map
-from hf_rps.mappings.input_fold import FoldedMatrix, InputFold, folded_size, mixing
+from hf_rps.mappings.input_fold import FoldedMatrix, InputFold, folded_size
 from hf_rps.mappings.weight_map import WeightMap
 
 
@@ -26,18 +26,16 @@ class Form(InputFold):
     """A fold with any coefficients (J, c, width), and perhaps another order of the channels.
 
     Args:
-        channels, positions, fold, rows, key: As of the library's.
+        channels, positions, fold, key: As of the library's.
         blocks: J, as a multiple of c; 0 for a single one.
     """
 
     order: Tensor | None = None
 
-    def __init__(self, channels: int, positions: int, fold: int, rows: int, key: int, blocks: float = 1.0):
-        super().__init__(channels, positions, fold, rows, key)
-        wanted = max(1, round(blocks * self.c))
-        self.block_rows = -(-rows // min(wanted, rows))
-        self.blocks = -(-rows // self.block_rows)
-        self.table = torch.from_numpy(np.ascontiguousarray(self.draw(key)[: self.blocks]))
+    def __init__(self, channels: int, positions: int, fold: int, key: int, blocks: float = 1.0):
+        super().__init__(channels, positions, fold, key)
+        self.blocks = max(1, round(blocks * self.c))
+        self.drawn = np.ascontiguousarray(self.draw(key)[: self.blocks])
 
     def draw(self, key: int) -> np.ndarray:
         """The coefficients of at least all blocks, float64."""
@@ -46,10 +44,14 @@ class Form(InputFold):
 
     def mixed(self, signs: np.ndarray) -> np.ndarray:
         """Orthogonal mixing of tiles with ``signs``: (c, c, width)."""
-        return mixing(self.c, self.c)[:, :, None] * signs.reshape(self.c, self.width)
+        return self.mix[:, :, None] * signs.reshape(self.c, self.width)
 
-    def coefficients(self, like: Tensor) -> Tensor:
-        return self.table.to(like.device, like.dtype)
+    @property
+    def coefficients(self) -> np.ndarray:
+        return self.drawn
+
+    def _coefficients(self, like: Tensor) -> Tensor:
+        return torch.from_numpy(self.drawn).to(like.device, like.dtype)
 
     def _tiles(self, x: Tensor) -> Tensor:
         """x (..., channels * positions) as (..., c, width, positions)."""
@@ -60,14 +62,14 @@ class Form(InputFold):
         return x.unflatten(-2, (self.c, self.width))
 
     def fold(self, x: Tensor) -> Tensor:
-        return torch.einsum("...tbp,jtb->...jbp", self._tiles(x), self.coefficients(x)).flatten(-2)
+        return torch.einsum("...tbp,jtb->...jbp", self._tiles(x), self._coefficients(x)).flatten(-2)
 
-    def fold_tokens(self, x: Tensor) -> Tensor:
-        return self.fold(x).movedim(-2, 0).contiguous()
+    def fold_unfollowed(self, x: Tensor) -> Tensor:
+        return self.fold(x)
 
-    def unfold_tokens(self, folded: Tensor) -> Tensor:
+    def unfold(self, folded: Tensor) -> Tensor:
         folded = folded.unflatten(-1, (self.width, self.positions))
-        x = torch.einsum("j...bp,jtb->...tbp", folded, self.coefficients(folded))
+        x = torch.einsum("...jbp,jtb->...tbp", folded, self._coefficients(folded))
         return self.in_order(x.flatten(-3)[..., : self.channels * self.positions])
 
     def in_order(self, columns: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ class Form(InputFold):
         missing = self.c * self.width - self.channels
         x = torch.cat([x, x.new_zeros(x.size(0), missing, *x.shape[2:])], 1) if missing else x
         tiles = x.unflatten(1, (self.c, self.width))
-        return torch.einsum("ntb...,jtb->njb...", tiles, self.coefficients(x)).flatten(1, 2)
+        return torch.einsum("ntb...,jtb->njb...", tiles, self._coefficients(x)).flatten(1, 2)
 
 
 class IndependentSigns(Form):
@@ -163,7 +165,7 @@ def form(name: str) -> Iterator[None]:
         if folded_size(channels, self.input_fold)[0] == 1:
             return None
         key = stream_key(self.seed, "form", name, target_name if choice.own else target_name.rpartition(".")[0])
-        return choice.kind(channels, target.positions, self.input_fold, target.out_features, key, choice.blocks)
+        return choice.kind(channels, target.positions, self.input_fold, key, choice.blocks)
 
     with (
         mock.patch.object(WeightMap, "fold_of", fold_of),
