@@ -130,7 +130,7 @@ class InputFold:
         tiles = x.new_empty(*x.shape[:-1], self._padded)
         torch.mul(x, signs, out=tiles[..., :cols])
         tiles[..., cols:] = 0
-        return _mixed(tiles.unflatten(-1, (self.c, -1)), factors)
+        return _mixed(tiles.view(*x.shape[:-1], self.c, -1), factors)
 
     def unfold(self, folded: Tensor) -> Tensor:
         """The adjoint of :meth:`fold`: (..., blocks, width * positions) as (..., channels * positions)."""
