@@ -34,8 +34,8 @@ class Subject:
 
     Forms: "dense"; "views" (ours); "folded" (ours, with inputs folded as far as the ratio allows); "gather" (ours with
     an index and a sign for every weight); "cat" (ours, where every linear layer makes its weight whole and multiplies
-    with it); "fakeroast" and "rzlinear" (the authors' code); and the
-    adapters "delta" (ours) and "lora", whose ratio is its rank.
+    with it); "fakeroast" and "rzlinear" (the authors' code); and the adapters "delta" and "folded-delta" (ours) and
+    "lora", whose ratio is its rank.
     """
 
     form: str
@@ -47,7 +47,8 @@ class Subject:
 
 
 DENSE = Subject("dense")
-ADAPTERS = (Subject("lora", 8), Subject("delta", 0.001), Subject("delta", 0.01))
+ADAPTERS = (Subject("lora", 8), Subject("delta", 0.001), Subject("delta", 0.01), Subject("folded-delta", 0.01))
+FOLDED_DELTA = 16  # times that the input of a folded-delta adapter is folded
 
 
 @dataclass
@@ -83,7 +84,7 @@ def build(work: str, name: str, subject: Subject, settings: Settings) -> Built:
         return _fakeroast(model, targets, n, subject.ratio, settings)
     if subject.form == "rzlinear":
         return _rzlinear(model, targets, n, subject.ratio, settings)
-    if subject.form in ("lora", "delta"):
+    if subject.form in ("lora", "delta", "folded-delta"):
         return _adapter(model, n, subject)
     sign, fold = "element" if subject.form == "gather" else "row", "full" if subject.form == "folded" else 1
     config = RPSConfig(ratio=subject.ratio, sign=sign, grad_scaling="norm", input_fold=fold)
@@ -105,7 +106,8 @@ def _adapter(model: nn.Module, n: int, subject: Subject) -> Built:
     if subject.form == "lora":
         config = LoraConfig(r=int(subject.ratio), target_modules="all-linear")
     else:
-        config = RPSConfig(ratio=subject.ratio, mode="delta", grad_scaling="norm")
+        fold = FOLDED_DELTA if subject.form == "folded-delta" else 1
+        config = RPSConfig(ratio=subject.ratio, mode="delta", grad_scaling="norm", input_fold=fold)
     model = get_peft_model(model, config)
     trained = [p for p in model.parameters() if p.requires_grad]
     return Built(model, n, sum(p.numel() for p in trained), trained)

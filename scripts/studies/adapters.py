@@ -30,6 +30,7 @@ TOPICS = (
     "songs-poems", "work",
 )  # fmt: skip
 ALL = r"encoder\.layer\..*(query|key|value|dense)"  # every linear layer but the pooler's
+INPUT_FOLD = 16  # of the method RPS-folded
 TRAIN, VALIDATION, TEST = 100, 30, 70  # entries per topic
 
 
@@ -43,7 +44,8 @@ class Arguments:
     )
     output_dir: str = field(default="outputs/compare_adapters", metadata={"help": "Where runs and table go."})
     methods: list[str] = field(
-        default_factory=lambda: ["RPS", "LoRA", "VeRA", "UniLoRA", "UniLoRA-all"], metadata={"help": "Which methods."}
+        default_factory=lambda: ["RPS", "RPS-folded", "LoRA", "VeRA", "UniLoRA", "UniLoRA-all"],
+        metadata={"help": "Which methods."},
     )
     budgets: list[int] = field(
         default_factory=lambda: [4608, 9216, 36864], metadata={"help": "Trainable numbers of the adapter."}
@@ -98,9 +100,10 @@ def rank_for(
 
 def adapter_config(method: str, budget: int, encoder: nn.Module) -> PeftConfig:
     """The method's config with ``budget`` trainable numbers, otherwise as PEFT (or hf_rps) ships it."""
-    if method == "RPS":
+    if method in ("RPS", "RPS-folded"):
         n = sum(m.weight.numel() for m in encoder.encoder.modules() if isinstance(m, nn.Linear))
-        return RPSConfig(ratio=budget / n, mode="delta", grad_scaling="norm", target_modules=ALL)
+        fold = INPUT_FOLD if method == "RPS-folded" else 1
+        return RPSConfig(ratio=budget / n, mode="delta", grad_scaling="norm", target_modules=ALL, input_fold=fold)
     if method == "LoRA":
         r, targets = rank_for(budget, encoder, lambda r, rows, cols: r * (rows + cols), 64)
         return LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets)
@@ -111,7 +114,9 @@ def adapter_config(method: str, budget: int, encoder: nn.Module) -> PeftConfig:
         return UniLoraConfig(r=8, theta_d_length=budget, target_modules=["query", "value"])
     if method == "UniLoRA-all":  # the layers that RPS takes
         return UniLoraConfig(r=4, theta_d_length=budget, target_modules=ALL)
-    raise ValueError(f"--methods: {method!r} is not one of RPS, LoRA, VeRA, UniLoRA, UniLoRA-all, head, full")
+    raise ValueError(
+        f"--methods: {method!r} is not one of RPS, RPS-folded, LoRA, VeRA, UniLoRA, UniLoRA-all, head, full"
+    )
 
 
 def load_text(folder: Path, tokenizer, max_length: int) -> dict[str, Dataset]:

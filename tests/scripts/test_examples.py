@@ -43,7 +43,7 @@ def test_trainer(tmp_path):
     assert (model / "model.safetensors").stat().st_size < 0.25 * report.dense_bytes
 
 
-@pytest.mark.parametrize("method", ["RPS", "LoRA", "VeRA", "UniLoRA", "UniLoRA-all"])
+@pytest.mark.parametrize("method", ["RPS", "RPS-folded", "LoRA", "VeRA", "UniLoRA", "UniLoRA-all"])
 def test_adapters_of_the_comparison_have_equal_budgets(method):
     """On an encoder of MiniLM's shape, but one head and small."""
     from peft import get_peft_model

@@ -69,7 +69,7 @@ def reads(weight_map: WeightMap, name: str) -> tuple[Tensor, Tensor]:
     fold = weight_map.fold_of(name)
     if fold is None:
         return slots, signs.expand(slots.shape)
-    coefficients, columns = definition.folding(fold)
+    coefficients, columns = definition.folding(fold, weight_map.target(name).out_features)
     return slots[:, columns], signs.expand(slots.shape)[:, columns] * torch.from_numpy(coefficients)
 
 
