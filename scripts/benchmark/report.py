@@ -11,6 +11,7 @@ from benchmark.subjects import Subject
 # what a table shows: its title, the key of a subject's ratio, and the key, unit and digits of the dense model's value
 _TABLES = (
     ("time / dense (quartiles)", "time_ratio", "dense_milliseconds", "ms", 1),
+    ("FLOP / dense", "flops_ratio", "dense_gflop", "GFLOP", 1),
     ("memory / dense", "memory_ratio", "dense_peak_mib", "MiB", 0),
     ("file / dense", "file_ratio", "dense_file_mib", "MiB", 1),
     ("bytes reduced / dense", "reduced_ratio", "dense_reduced_mib", "MiB", 1),

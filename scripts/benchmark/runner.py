@@ -140,15 +140,19 @@ def _alternate(job: Job, settings: Settings) -> Iterator[tuple[Subject, dict]]:
 
 def _pair(worker: Worker, dense: Worker, case: Case, settings: Settings) -> dict:
     """Two subjects in strict alternation, the order swapped every round."""
-    pair, runs = (dense, worker), {}
+    pair, runs, flops = (dense, worker), {}, {}
     for member in pair:
         warm = member.ask(Request(case, 1, warm=True))
-        runs[member] = max(1, round(settings.seconds / warm.seconds))
+        runs[member], flops[member] = max(1, round(settings.seconds / warm.seconds)), warm.flops
     answers = {member: [] for member in pair}
     for i in range(settings.rounds):
         for member in pair if i % 2 == 0 else reversed(pair):
             answers[member].append(member.ask(Request(case, runs[member])))
-    return paired_ratios(answers[worker], answers[dense])
+    row = paired_ratios(answers[worker], answers[dense])
+    if flops[worker] and flops[dense]:
+        ours, others = flops[worker] / 1e9, flops[dense] / 1e9
+        row |= {"flops_ratio": ours / others, "gflop": ours, "dense_gflop": others}
+    return row
 
 
 def _load(job: Job, settings: Settings) -> Iterator[tuple[Subject, dict]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmark.processes import Gauge
@@ -51,10 +53,11 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Seconds of a run, and the peak of memory in bytes since the last warming up."""
+    """Seconds of a run, the peak of memory in bytes since the last warming up, and a warming run's operations."""
 
     seconds: float
     peak: int
+    flops: int | None = None
 
 
 def stack(built: Built, settings: Settings) -> Cases:
@@ -190,6 +193,7 @@ def _decoding(built: Built, settings: Settings, batch: int) -> Callable[[], None
     return run
 
 
+UNCOUNTED = ("compiled",)  # a counter would keep the compiler away
 TIMED = {f.__name__: f for f in (stack, convolution, step, adapter, prefill, decode, compiled)}
 
 
@@ -200,18 +204,36 @@ def timed(settings: Settings, gauge: Gauge, work: str, name: str, subject: Subje
     finish = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
 
     def answer(request: Request) -> Answer:
-        run = cases[request.case]
+        run, flops = cases[request.case], None
         if request.warm:
-            run()
+            run()  # makes what is made once
+            if work not in UNCOUNTED:
+                flops = count_flops(run) or None
             gauge.reset()
         finish()
         start = time.perf_counter()
         for _ in range(request.runs):
             run()
         finish()
-        return Answer((time.perf_counter() - start) / request.runs, gauge.peak())
+        return Answer((time.perf_counter() - start) / request.runs, gauge.peak(), flops)
 
     return {"n": built.n, "m": built.m, "cases": list(cases)}, answer
+
+
+def _product_flops(into: torch.Size, a: torch.Size, b: torch.Size, out_shape=None, **kwargs) -> int:
+    """Of a product (..., rows, k) (..., k, cols), from the shapes of the operation's arguments."""
+    return 2 * math.prod(a) * b[-1]
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products, convolutions and attention of a run, by torch's counter.
+
+    It does not know the products that are added in place.
+    """
+    in_place = (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_)
+    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(in_place, _product_flops)) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 # ---- checkpoints

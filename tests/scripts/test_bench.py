@@ -3,12 +3,15 @@
 import sys
 
 import pytest
+import torch
 
 from benchmark import cli as bench
 from benchmark.models import make
 from benchmark.runner import Job, measure
 from benchmark.settings import Settings
-from benchmark.subjects import ADAPTERS, FORMS, Subject, build
+from benchmark.subjects import ADAPTERS, DENSE, FORMS, Subject, build
+from benchmark.works import count_flops
+from hf_rps import size_report
 
 SETTINGS = Settings(
     rounds=1,
@@ -113,6 +116,21 @@ def test_timed_works(work, subjects, cases):
         assert set(cases) <= set(found)
     if work in ("save", "load"):
         assert 0 < rows[0]["file_ratio"] < 0.5
+
+
+def test_operations_are_counted():
+    """Forward two for every multiplication, with gradients three times that but for the input that needs none."""
+    dense, folded = (build("stack", "tiny", subject, SETTINGS).model for subject in (DENSE, Subject("folded", 0.1)))
+    x, report = torch.randn(5, 64), size_report(folded)
+    assert count_flops(lambda: dense(x).sum()) == 2 * 5 * report.n
+    with torch.no_grad():
+        counted = count_flops(lambda: folded(x))
+    folds = 4 * 2 * 10 * 64  # keys and values read what is folded for queries; all three are counted in the report
+    padded = 4 * sum(10 * width - size for size, width in ((64, 7), (64, 7), (64, 7), (256, 26))) * 10
+    assert counted == 2 * 5 * (report.multiplications - folds + padded)
+    first = 3 * 64 * 64
+    assert count_flops(lambda: dense(x).sum().backward()) == 2 * 5 * (3 * report.n - first)
+    assert count_flops(lambda: folded(x).sum().backward()) == pytest.approx(3 * counted, rel=0.2)
 
 
 def test_memory_is_counted():
