@@ -180,8 +180,8 @@ class RPSSettings:
         if self.fingerprint not in (None, weight_map.fingerprint):
             raise ValueError(
                 f"this config records the map {self.fingerprint}, but its modules, ratio={self.ratio!r}, "
-                f"seed={self.seed!r}, sharing={self.sharing!r}, mapping={self.mapping!r} and sign={self.sign!r} give "
-                f"{weight_map.fingerprint}. Its weights would be read in the wrong places; restore "
-                f"its adapter_config.json, or wherever it was saved"
+                f"seed={self.seed!r}, sharing={self.sharing!r}, mapping={self.mapping!r}, sign={self.sign!r} and "
+                f"input_fold={self.input_fold!r} give {weight_map.fingerprint}. Its weights would be read in the wrong "
+                f"places; restore its adapter_config.json, or wherever it was saved"
             )
         return weight_map

@@ -9,6 +9,9 @@ A layer of R rows, C columns and k runs, on T tokens, in words of w bytes:
     further runs     k - 1 times launches of their own, and x is read and packed once more (2 w T C)
     made weights     3 passes over W (w R C each) forward, 4 backward, instead of row scale and further runs
     launches         operations issued one after the other
+    folded inputs    the product with R C / c weights, in blocks; x is signed and mixed (4 w T C and 2 T C c operations)
+                     once for each input, and its gradient again; row scale as above, or 3 passes over the R C / c
+                     weights, whichever is less
     AdamW step       28 bytes per parameter in float32 (read four arrays, write three), and 12 for clipping
 
 Whether a weight is made is asked of the library itself, and k of its map.
@@ -63,6 +66,8 @@ MACHINES = (
     Machine("H200", 2, 700e12, 4.8e12, 10e12, 4.8e12, 50e6, 0.0, 0.0, 5e-6, "cuda"),
 )
 
+# two cores of a virtual machine with AMX and AVX-512, each number from a measurement of its own
+XEON = Machine("Xeon", 4, 375e9, 40e9, 80e9, 50e9, 16e6, 0.33e-9, 32e6, 3e-6, "cpu")
 
 SMALL = 1 << 20  # weights of a model in which Python's own time, of which the model knows nothing, is what counts
 
@@ -72,16 +77,23 @@ class Layer(NamedTuple):
     cols: int
     runs: int
     products: tuple[Product, ...]
+    reads_new_input: bool = True  # not what the layer before it reads: keys and values read what queries do
 
 
-def layers(name: str, ratio: float) -> tuple[list[Layer], int]:
+def layers(name: str, ratio: float, form: str = "views") -> tuple[list[Layer], int]:
     """The linear layers of a stack of :mod:`benchmark.models`, and the size m of the array that they share."""
     with torch.device("meta"):
         found = find_targets(Stack(STACKS[name]), RPSConfig())
     targets = [Target(candidate.name, *candidate.weight.shape, 0.02) for candidate in found]
-    weight_map = RPSConfig(ratio=ratio).weight_map(targets)
-    matrices = [weight_map.matrix(target.name) for target in targets]
-    return [Layer(w.rows, w.cols, len(w.layout.runs), products_of(w)) for w in matrices], weight_map.m
+    weight_map = RPSConfig(ratio=ratio, input_fold="full" if form == "folded" else 1).weight_map(targets)
+    result = []
+    for target in targets:
+        matrix = weight_map.matrix(target.name)
+        inner = matrix.inner if form == "folded" else matrix
+        new = target.name.rpartition(".")[2] not in ("key", "value", "up")  # as benchmark.models.Block calls them
+        new = new or (target.name.endswith("up") and not STACKS[name].gated)
+        result.append(Layer(matrix.rows, matrix.cols, len(inner.layout.runs), products_of(matrix), new))
+    return result, weight_map.m
 
 
 def _product(layer: Layer, tokens: int, machine: Machine, bandwidth: float) -> float:
@@ -128,17 +140,38 @@ def shared_seconds(stack: list[Layer], m: int, tokens: int, machine: Machine, ba
     return total
 
 
+def folded_seconds(stack: list[Layer], m: int, tokens: int, machine: Machine, backward: bool) -> float:
+    """The same where inputs are folded as far as the ratio allows."""
+    inside = machine.word * m * (2 if backward else 1) <= machine.cache_size
+    bandwidth = machine.cache if inside else machine.memory
+    total = 0.0
+    for layer in stack:
+        word, fold = machine.word, layer.products[0].input_fold
+        weights = layer.rows * layer.cols / fold.c
+        product = max(2 * tokens * weights / machine.flops, word * weights / bandwidth)
+        total += (3 if backward else 1) * product + (5 if backward else 2) * machine.launch
+        scaled = min(2 * word * tokens * layer.rows / machine.memory, 3 * word * weights / bandwidth)
+        total += (2 if backward else 1) * (scaled + machine.launch)
+        if backward:
+            total += word * weights / bandwidth  # added to a buffer
+        if layer.reads_new_input:
+            folding = 4 * word * tokens * layer.cols / machine.memory
+            folding += 2 * tokens * fold.multiplications / machine.flops + 4 * machine.launch
+            total += (2 if backward else 1) * folding
+    return total
+
+
 def optimizer_seconds(parameters: int, machine: Machine) -> float:
     """Of clipping and an AdamW step in float32, all from memory."""
     return 40 * parameters / machine.memory
 
 
-def predict(name: str, ratio: float, tokens: int, machine: Machine, direction: str) -> float:
+def predict(name: str, ratio: float, tokens: int, machine: Machine, direction: str, form: str = "views") -> float:
     """Predicted time ratio of ours to dense; direction "forward", "forward + backward" or "training step"."""
-    stack, m = layers(name, ratio)
+    stack, m = layers(name, ratio, form)
     backward = direction != "forward"
     dense = dense_seconds(stack, tokens, machine, backward)
-    ours = shared_seconds(stack, m, tokens, machine, backward)
+    ours = (folded_seconds if form == "folded" else shared_seconds)(stack, m, tokens, machine, backward)
     if direction == "training step":
         dense += optimizer_seconds(sum(layer.rows * layer.cols for layer in stack), machine)
         ours += optimizer_seconds(m, machine)
@@ -146,13 +179,17 @@ def predict(name: str, ratio: float, tokens: int, machine: Machine, direction: s
 
 
 def table(rows: list[dict]) -> str:
-    """The measured rows of layer stacks beside the predictions, Markdown; the machine measured on is the first."""
-    lines = ["| stack | ratio | measured | predicted for this CPU | off by | predicted for an H200 |", "|" + "---|" * 6]
+    """The measured rows of layer stacks beside the predictions for the CPU that they are from, Markdown."""
+    head = ["stack", "form", "ratio", "measured", "predicted for this CPU", "off by", "predicted for an H200"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        if row["work"] != "stack" or row["form"] != "views" or row["part"] != 1 or row["n"] <= SMALL:
+        known = row["work"] == "stack" and row["form"] in ("views", "folded") and row["dtype"] == "float32"
+        if not known or row["part"] != 1 or row["n"] <= SMALL:
             continue  # the model knows whole stacks only
-        cpu, gpu = (predict(row["model"], row["ratio"], row["tokens"], m, row["direction"]) for m in MACHINES)
+        own = XEON if "Xeon" in row["device"] else MACHINES[0]
+        asked = (row["model"], row["ratio"], row["tokens"])
+        cpu, gpu = (predict(*asked, machine, row["direction"], row["form"]) for machine in (own, MACHINES[1]))
         off = f"{100 * (cpu / row['time_ratio'] - 1):+.0f} %"
-        work, measured = f"{row['model']}: {row['case']}", row["time_ratio"]
-        lines.append(f"| {work} | {row['ratio']:g} | {measured:.2f} | {cpu:.2f} | {off} | {gpu:.2f} |")
+        cells = [f"{row['model']}: {row['case']}", row["form"], f"{row['ratio']:g}", f"{row['time_ratio']:.2f}"]
+        lines.append("| " + " | ".join([*cells, f"{cpu:.2f}", off, f"{gpu:.2f}"]) + " |")
     return "\n".join(lines)

@@ -113,7 +113,24 @@ def test_cost_model():
         step = costs.predict("bert", 0.1, 512, machine, "training step")
         assert step < costs.predict("bert", 0.1, 512, machine, "forward + backward")
     row = {"work": "stack", "model": "bert", "form": "views", "ratio": 0.1, "part": 1, "tokens": 512,
-           "direction": "forward", "case": "forward, 512 tokens", "time_ratio": 1.0, "n": 1 << 26}  # fmt: skip
+           "direction": "forward", "case": "forward, 512 tokens", "time_ratio": 1.0, "n": 1 << 26,
+           "dtype": "float32", "device": "AMD EPYC"}  # fmt: skip
     lines = costs.table([row, row | {"form": "gather"}]).splitlines()
     assert len(lines) == 3
-    assert lines[2].startswith("| bert: forward, 512 tokens | 0.1 | 1.00 | ")
+    assert lines[2].startswith("| bert: forward, 512 tokens | views | 0.1 | 1.00 | ")
+
+
+def test_cost_model_of_folded_inputs():
+    """A tenth of the product's operations at many tokens, of its bytes with one; the fold comes on top."""
+    machine = costs.Machine("plain", 4, 1e12, 1e13, 1e13, 1e13, 0.0, 0.0, 1e12, 0.0, "cpu")
+    stack, m = costs.layers("bert", 0.1, "folded")
+    assert m == pytest.approx(sum(layer.rows * layer.cols for layer in stack) / 10, rel=1e-3)
+    assert sum(layer.reads_new_input for layer in stack) == 12 * 4  # queries, output, up, down
+    many = costs.predict("bert", 0.1, 4096, machine, "forward", "folded")
+    assert many == pytest.approx(0.1 + 10 * 6 / 12 / 768, abs=0.02)
+    slow = costs.Machine("slow", 4, 1e15, 1e10, 1e10, 1e10, 0.0, 0.0, 1e12, 0.0, "cpu")
+    assert costs.predict("bert", 0.1, 1, slow, "forward", "folded") == pytest.approx(0.1, abs=0.02)
+    row = {"work": "stack", "model": "bert", "form": "folded", "ratio": 0.1, "part": 1, "tokens": 512,
+           "direction": "forward", "case": "forward, 512 tokens", "time_ratio": 0.3, "n": 1 << 26,
+           "dtype": "float32", "device": "Intel(R) Xeon(R) Processor"}  # fmt: skip
+    assert "| folded | 0.1 | 0.30 |" in costs.table([row])

@@ -50,9 +50,10 @@ def forms_table(rows: list[dict]) -> str:
     cells = {(row["method"], row["longer"]): row for row in rows}
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        found = [cells[method, longer] for longer in lengths]
-        scores = [f"{score_text(task, row['test'])} at {row['learning_rate']:g}" for row in found]
-        lines.append([METHODS[method].title, *scores, f"{found[0]['flops'] / 1e6:.2f}"])
+        found = [cells.get((method, longer)) for longer in lengths]
+        scores = [f"{score_text(task, row['test'])} at {row['learning_rate']:g}" if row else "" for row in found]
+        flops = next(row["flops"] for row in found if row)
+        lines.append([METHODS[method].title, *scores, f"{flops / 1e6:.2f}"])
     lengths = ["short" if longer == 1 else f"{longer} times longer" for longer in lengths]
     return markdown([f"{TASKS[task].title}, {FORMS_COMPRESSION}×: {unit(task)}", *lengths, "MFLOP per row"], lines)
 
