@@ -24,16 +24,21 @@ from torch import Tensor
 from hf_rps.hashing import hash_signs
 from hf_rps.mappings.base import DeviceCopies, SharedMatrix
 
-MIXED_AT_ONCE = 16  # tiles, up to which one small matrix product costs less than two
+_MIXED_AT_ONCE = 16  # tiles, up to which one small matrix product costs less than two
 
 
 def folded_size(channels: int, fold: int) -> tuple[int, int]:
-    """(c, channels of Z): how far an input of so many channels can be folded, and what is left of it.
+    """(c, channels of Z): how far an input of so many channels is folded if ``fold`` is asked for, and what is left.
 
-    >>> folded_size(768, 4), folded_size(770, 4), folded_size(3, 4)
-    ((4, 192), (4, 193), (3, 1))
+    c is the largest divisor of the channels up to ``fold``, unless that is less than three quarters of it. Then c is
+    ``fold``, and the input is filled up: the last tile is shorter, and Gamma an array of its own.
+
+    >>> folded_size(768, 4), folded_size(768, 10), folded_size(770, 4), folded_size(3, 4)
+    ((4, 192), (8, 96), (4, 193), (3, 1))
     """
-    c = min(fold, channels)
+    most = min(fold, channels)
+    c = next(divisor for divisor in range(most, 0, -1) if channels % divisor == 0)
+    c = c if 4 * c >= 3 * most else most
     return c, -(-channels // c)
 
 
@@ -44,7 +49,7 @@ def mixing_factors(c: int) -> tuple[np.ndarray, ...]:
     multiplications a channel and not c. Each is Hadamard's matrix (Sylvester's construction, whose Kronecker products
     are of its kind again) where its size is a power of two, and the DCT-II elsewhere.
     """
-    a = 1 if c <= MIXED_AT_ONCE else max(d for d in range(1, math.isqrt(c) + 1) if c % d == 0)
+    a = 1 if c <= _MIXED_AT_ONCE else max(d for d in range(1, math.isqrt(c) + 1) if c % d == 0)
     return tuple(_orthogonal(size) for size in (a, c // a) if size > 1) or (_orthogonal(1),)
 
 

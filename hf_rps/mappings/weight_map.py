@@ -18,7 +18,7 @@ import numpy as np
 
 from hf_rps.hashing import hash_signs, stream_key
 from hf_rps.mappings.base import Mapping, SharedMatrix, Span, Target
-from hf_rps.mappings.input_fold import MIXED_AT_ONCE, FoldedMatrix, InputFold, folded_size
+from hf_rps.mappings.input_fold import FoldedMatrix, InputFold, folded_size
 from hf_rps.mappings.table import MAPPINGS
 
 INIT_EXPONENT = 1 / 3  # of m / n in the default C; docs/comparison.md has the measurement
@@ -169,8 +169,7 @@ class WeightMap:
         }
         if self.input_fold != 1:
             content |= {"input_fold": self.input_fold, "positions": [t.positions for t in self.targets]}
-            if self.input_fold > MIXED_AT_ONCE:
-                content["mixing"] = "Kronecker"
+            content["folded_size"] = "divisors"  # maps before that are others
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def sentinel_shape(self) -> tuple[int, int]:

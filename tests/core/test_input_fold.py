@@ -23,7 +23,7 @@ from hf_rps.psi.divisor import Divisor, load
 TARGETS = [Target("a.q", 40, 24, 0.1), Target("a.k", 7, 33, 0.2), Target("b", 3, 50, 0.3), Target("c", 16, 54, 0.1, 9)]
 
 GOLDEN_SIGNS = {"a.q": [1, 1, -1, 1, 1, 1, 1, 1, -1, 1, 1, 1], "b": [-1, 1, -1, 1, 1, -1, -1, -1, -1, -1, -1, 1]}
-GOLDEN_FINGERPRINT = "fb12bab2ee812591a31befb751e35e53"
+GOLDEN_FINGERPRINT = "6d129af588233fe890fb22cf9701b430"
 
 
 @st.composite
@@ -169,6 +169,16 @@ def test_how_far_inputs_can_be_folded(ratio, most):
     RPSConfig(ratio=ratio, input_fold=most)
     with pytest.raises(ValueError, match=rf"input_fold={most + 1} leaves.*at most {most}"):
         RPSConfig(ratio=ratio, input_fold=most + 1)
+
+
+def test_a_fold_that_divides_the_channels_is_taken_and_keeps_no_array():
+    """10 is asked for; 8 divides, keeps Gamma constant, and splits rows evenly."""
+    weight_map = RPSConfig(ratio=0.1, input_fold="full").weight_map([Target("w", 64, 768, 0.1)])
+    assert weight_map.fold_of("w").c == 8
+    assert weight_map.m == pytest.approx(0.1 * 64 * 768, rel=0.01)  # the numbers are what was asked for
+    divisor = Divisor([weight_map.matrix("w")], weight_map.m, "projection")
+    divisor.divide_(torch.ones(weight_map.m))
+    assert divisor.kept_tensors() == []
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "most", None, True])
