@@ -173,9 +173,9 @@ def test_how_far_inputs_can_be_folded(ratio, most):
 
 def test_a_fold_that_divides_the_channels_is_taken_and_keeps_no_array():
     """10 is asked for; 8 divides, keeps Gamma constant, and splits rows evenly."""
-    weight_map = RPSConfig(ratio=0.1, input_fold="full").weight_map([Target("w", 64, 768, 0.1)])
+    weight_map = RPSConfig(ratio=0.1, input_fold="full").weight_map([Target("w", 1024, 768, 0.1)])
     assert weight_map.fold_of("w").c == 8
-    assert weight_map.m == pytest.approx(0.1 * 64 * 768, rel=0.01)  # the numbers are what was asked for
+    assert weight_map.m == pytest.approx(0.1 * 1024 * 768, rel=0.01)  # the numbers are what was asked for
     divisor = Divisor([weight_map.matrix("w")], weight_map.m, "projection")
     divisor.divide_(torch.ones(weight_map.m))
     assert divisor.kept_tensors() == []
