@@ -51,8 +51,8 @@ class RPSConfig(RPSSettings, PeftConfig):
             that number, forward and backward, and so the time of all but small layers. It is the second knob beside the
             ratio: with ratio=0.1 and input_fold=4 there are a quarter of the multiplications, and 0.4 numbers are
             stored for each of their factors. "full": as far as the ratio allows, here 10. A layer takes the largest
-            divisor of its input channels up to there (8 for 10 and 768), unless it is below three quarters. 2 to 8 cost
-            about nothing (docs/comparison.md); for wide layers "full" is as good. Default 1: not folded. See
+            divisor of its input channels up to there (8 for 10 and 768), unless it is below three quarters. 2 to 4 cost
+            about nothing, more costs accuracy in narrow layers (docs/comparison.md). Default 1: not folded. See
             :mod:`hf_rps.mappings.input_fold`.
         grad_scaling: What the shared array's gradient is divided by, slot by slot. "projection" (Gamma, the sum of
             squared scales): an SGD step is the projection of the dense one, stable wherever dense training is.
