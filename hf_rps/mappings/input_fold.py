@@ -70,7 +70,7 @@ class InputFold:
 
     Args:
         channels: Of the input; each is ``positions`` columns of the matrix (more than one in convolutions).
-        fold: c, at most the number of channels.
+        fold: How often it is to be folded; c follows, see :func:`folded_size`.
         key: Of the hashed signs.
 
     Attributes:

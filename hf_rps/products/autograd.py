@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_rps import internals
@@ -64,13 +63,9 @@ def shared_weight(psi: Tensor, matrix: SharedMatrix, buffer: Buffer | None) -> T
     return _SharedWeight.apply(psi, matrix, buffer)
 
 
-def linear_by_definition(
-    x: Tensor, psi: Tensor, bias: Tensor | None, matrix: SharedMatrix, base: Tensor | None = None
-) -> Tensor:
+def linear_by_definition(x: Tensor, psi: Tensor, bias: Tensor | None, matrix: SharedMatrix) -> Tensor:
     """:func:`shared_linear` out of operations that autograd, compilers and torch.func can follow."""
-    if base is None:
-        return _plus(matrix.linear(x, psi), bias)
-    return _plus(F.linear(x, (base + matrix.weight(psi)).to(x.dtype)), bias)
+    return _plus(matrix.linear(x, psi), bias)
 
 
 def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -139,12 +134,9 @@ class _SharedLinear(torch.autograd.Function):
             return (None,) * 6
         (x, bias, base), psi = ctx.saved_tensors, _kept(ctx)
         needs_x, needs_psi, needs_bias = ctx.needs_input_grad[:3]
+        product = _product(ctx.product, base)
         if torch.is_grad_enabled():  # double backward
-            product = ctx.product
-            if base is None:
-                y = _plus(product.by_definition(x, psi), bias)
-            else:
-                y = linear_by_definition(x, psi, bias, product.matrix, base)
+            y = _plus(product.by_definition(x, psi), bias)
             gradients = _gradients_by_definition(y, gy, (x, psi, bias), (needs_x, needs_psi, needs_bias))
             return (*gradients, None, None, None)
         flat = gy if gy.dim() == 2 else gy.reshape(-1, gy.size(-1))  # (tokens, rows)
@@ -152,7 +144,6 @@ class _SharedLinear(torch.autograd.Function):
         gx = None
         if needs_x or needs_psi:
             into = ctx.buffer.get(psi) if needs_psi else None
-            product = _product(ctx.product, base)
             gx = product.gradients(flat, product.tokens(x), psi, needs_x, into)
             if gx is not None and gx.shape != x.shape:
                 gx = gx.view(x.shape)

@@ -84,6 +84,11 @@ class Made(Product):
         super().__init__(matrix)
         self.base = base
 
+    def by_definition(self, x: Tensor, psi: Tensor) -> Tensor:
+        if self.base is None:
+            return super().by_definition(x, psi)
+        return F.linear(x, (self.base + self.matrix.weight(psi)).to(x.dtype))
+
     def fits(self, x: Tensor) -> bool:
         return True
 

@@ -147,8 +147,9 @@ def folded_seconds(stack: list[Layer], m: int, tokens: int, machine: Machine, ba
     total = 0.0
     for layer in stack:
         word, fold = machine.word, layer.products[0].input_fold
-        weights = layer.rows * layer.cols / fold.c
-        product = max(2 * tokens * weights / machine.flops, word * weights / bandwidth)
+        narrow = layer._replace(cols=layer.cols / fold.c)
+        weights = narrow.rows * narrow.cols
+        product = _product(narrow, tokens, machine, bandwidth)
         total += (3 if backward else 1) * product + (5 if backward else 2) * machine.launch
         scaled = min(2 * word * tokens * layer.rows / machine.memory, 3 * word * weights / bandwidth)
         total += (2 if backward else 1) * (scaled + machine.launch)

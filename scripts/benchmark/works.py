@@ -228,7 +228,7 @@ def _product_flops(into: torch.Size, a: torch.Size, b: torch.Size, out_shape=Non
 def count_flops(run: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products, convolutions and attention of a run, by torch's counter.
 
-    It does not know the products that are added in place.
+    Products that are added in place, which it does not know by itself, are counted, too.
     """
     in_place = (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_)
     with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(in_place, _product_flops)) as counter:
