@@ -82,10 +82,14 @@ class SharedArray:
 
     def plain(self, psi: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """psi (m,) on ``device`` in ``dtype`` for the plain path: ordinary operations that compilers can trace."""
-        psi = psi.to(device)
-        if self.divisor.scaling != "none" and torch.is_grad_enabled() and psi.requires_grad:
-            psi = Divide.apply(psi, self.divisor.tensor(device, torch.promote_types(psi.dtype, torch.float32)))
-        return psi.to(dtype)
+        traced = self.passes.traced(psi, device) if torch.compiler.is_compiling() else None
+        return (self.divided(psi.to(device)) if traced is None else traced).to(dtype)
+
+    def divided(self, psi: Tensor) -> Tensor:
+        """psi (m,), with the divisor before its gradient where it gets one, by an operation that compilers can trace."""
+        if self.divisor.scaling == "none" or not (torch.is_grad_enabled() and psi.requires_grad):
+            return psi
+        return Divide.apply(psi, self.divisor.tensor(psi.device, torch.promote_types(psi.dtype, torch.float32)))
 
     def kept_tensors(self) -> list[Tensor]:
         """The tensors that this object keeps beside psi."""

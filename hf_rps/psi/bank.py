@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -28,9 +29,14 @@ class ArrayOwner(nn.Module):
     def __init__(self, weight_map: WeightMap, grad_scaling: str = "projection", device=None, dtype=None):
         super().__init__()
         self.array = SharedArray(weight_map, grad_scaling)
+        self.array.passes.owner = weakref.ref(self)
         self.psi_name = psi_name(weight_map.fingerprint)
         self._sentinel_seen_in: list[str] | None = None
         self.register_parameter(self.psi_name, nn.Parameter(torch.empty(weight_map.m, device=device, dtype=dtype)))
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.array.passes.owner = weakref.ref(self)
 
     @property
     def psi(self) -> nn.Parameter:

@@ -68,6 +68,14 @@ class _Folded(NamedTuple):
         )
 
 
+class _Traced(NamedTuple):
+    """psi as all layers of a pass read it that a compiler follows and that is to be trained, and who opened the pass."""
+
+    opener: nn.Module
+    psi: nn.Parameter
+    divided: Tensor
+
+
 class Passes:
     """The pass that is open in each thread, and its readings.
 
@@ -76,11 +84,13 @@ class Passes:
 
     Attributes:
         before: Called with the module that opens a pass, before it does.
+        owner: A weak reference to the module that owns psi (:class:`hf_rps.psi.bank.ArrayOwner`).
     """
 
     def __init__(self):
         self._handles: list = []
         self.before: Callable[[nn.Module], None] | None = None
+        self.owner: weakref.ref | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -95,6 +105,7 @@ class Passes:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
+        self.owner = None  # a copy's owner sets it
         self._reset()
 
     def watch(self, module: nn.Module) -> None:
@@ -115,6 +126,7 @@ class Passes:
 
     def _open(self, module, args) -> None:
         if torch.compiler.is_compiling():
+            self._open_traced(module)
             return
         # an opener that is called anew was never closed (its pass may have ended inside compiled code)
         if getattr(self._open_here, "opener", None) in (None, module):
@@ -125,10 +137,34 @@ class Passes:
             self._ddp = None if ddp is None else weakref.ref(ddp)
 
     def _close(self, module, args, output) -> None:
+        traced = getattr(self._open_here, "traced", None)
+        if traced is not None and traced.opener is module:
+            self._open_here.traced = None
         if torch.compiler.is_compiling():
             return
         if getattr(self._open_here, "opener", None) is module:
             self._open_here.opener = self._open_here.readings = None
+
+    def _open_traced(self, module: nn.Module) -> None:
+        """Read psi for all layers of a pass that a compiler follows.
+
+        Each by itself would have its part of the gradient, an array of psi's size, divided by itself. It is done here
+        and not when the first layer asks, which may be inside a checkpoint, where compilers allow no such note.
+        """
+        traced = getattr(self._open_here, "traced", None)
+        owner = None if self.owner is None else self.owner()
+        if owner is None or not (traced is None or traced.opener is module):
+            return
+        psi = owner.psi
+        if torch.is_grad_enabled() and psi.requires_grad:
+            self._open_here.traced = _Traced(module, psi, owner.array.divided(psi))
+
+    def traced(self, psi: Tensor, device: torch.device) -> Tensor | None:
+        """What :meth:`_open_traced` has read, if it is what a layer on ``device`` needs now."""
+        traced = getattr(self._open_here, "traced", None)
+        if traced is None or not torch.is_grad_enabled():
+            return None
+        return traced.divided if traced.psi is psi and psi.device == device else None
 
     def reading(
         self, psi: nn.Parameter, device: torch.device, dtype: torch.dtype, make: Callable[..., Reading]
