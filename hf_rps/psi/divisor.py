@@ -13,6 +13,7 @@ from hf_rps.mappings.base import SharedMatrix
 
 SCALINGS = ("projection", "norm", "none")
 _SHORT_PIECE = 4096  # mean piece of Gamma (slots) below which one array of divisors is cheaper than a pass per piece
+_FEW_PIECES = 256  # up to which each is filled by itself: for many, a compiled graph searches their ends slot by slot
 
 
 class Divisor:
@@ -44,6 +45,8 @@ class Divisor:
         if self.scaling == "none":
             return None
         if self._pieces:
+            if len(self._pieces) <= _FEW_PIECES:
+                return torch.cat([torch.full((n,), v, dtype=dtype, device=device) for n, v in self._powered()])
             lengths, values = zip(*self._powered(), strict=True)
             values = torch.tensor(values, dtype=dtype, device=device)
             return values.repeat_interleave(torch.tensor(lengths, device=device), output_size=self.m)
