@@ -54,9 +54,8 @@ def check_tensors(
     place, bank = next((n, m) for n, m in model.named_modules() if isinstance(m, AdapterBank))
     place, found = plain(f"{place}."), {plain(key): dtype for key, dtype in found.items()}
     psi = f"{place}rps_banks.{bank.rps_banks[name].psi_name}"
-    legacy = f"{place}rps_psi"
-    if config.format_version is None and psi not in found and legacy in found:
-        psi = legacy
+    if config.format_version is None and not translated:  # the only name that such files have for it
+        psi = f"{place}rps_psi"
     expected = {psi, *_others(model, config, name, translated)}
     missing = sorted(expected - found.keys())
     embeddings = {id(p) for layer in _embeddings(model) for p in layer.parameters()}  # saved where they were resized
