@@ -69,7 +69,7 @@ class _Folded(NamedTuple):
 
 
 class _Traced(NamedTuple):
-    """psi as all layers of a pass read it that a compiler follows and that is to be trained, and who opened the pass."""
+    """psi as all layers read it in a training pass that a compiler follows, and who opened the pass."""
 
     opener: nn.Module
     psi: nn.Parameter

@@ -180,7 +180,7 @@ def test_an_adapter_of_the_other_mode(by, version, tmp_path):
 
 @pytest.mark.parametrize("by", ["replace", "replace, transformers", "delta", "delta, transformers"])
 def test_an_adapter_without_its_format(by, tmp_path):
-    """Such a config belongs to files in which the array has another name: none is loaded in its place, or it is right."""
+    """Such a config belongs to files in which the array has another name. PEFT's loader knows both names."""
     case = CHECKPOINTS[by]
     case.save(tmp_path)
     before = case.outputs(case.load_from(tmp_path)[0])
@@ -188,9 +188,8 @@ def test_an_adapter_without_its_format(by, tmp_path):
     config = json.loads(file.read_text())
     del config["format_version"]
     file.write_text(json.dumps(config))
-    try:
-        model, _ = case.load_from(tmp_path)
-    except ValueError as error:
-        assert "format_version" in str(error)
+    if by in ("replace", "delta"):
+        torch.testing.assert_close(case.outputs(case.load_from(tmp_path)[0]), before)
     else:
-        torch.testing.assert_close(case.outputs(model), before)
+        with pytest.raises(ValueError, match="format_version"):
+            case.load_from(tmp_path)
