@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_rps.mappings.base import Target
+from hf_rps.mappings.codebook import BITS
 from hf_rps.mappings.table import MAPPINGS
 from hf_rps.mappings.weight_map import SHARING, SIGNS, WeightMap
 from hf_rps.psi.divisor import SCALINGS
@@ -47,8 +48,18 @@ def _is_init_weights(value) -> bool:
 
 
 _PATTERNS = "None, a non-empty string or a non-empty list of names"
+DEFAULT_RATIO = 0.1
+DEFAULT_BITS = 4
 _VALID = {
-    "ratio": (lambda v: _is_number(v) and 0 < v <= 1, "a number in (0, 1], the share of the targeted weights to store"),
+    "ratio": (
+        lambda v: v is None or (_is_number(v) and 0 < v <= 1),
+        "a number in (0, 1], the share of the targeted weights to store",
+    ),
+    "bits": (lambda v: v is None or (_is_int(v) and v in BITS), f"one of {list(BITS)}, bits of a weight's code"),
+    "group_size": (
+        lambda v: v is None or (_is_int(v) and v >= 1),
+        "None (whole rows) or how many weights of a row share a codebook",
+    ),
     "seed": (_is_int, "an integer"),
     "input_fold": (lambda v: v == "full" or (_is_int(v) and v >= 1), "an integer of at least 1, or 'full'"),
     "target_modules": (_is_patterns, _PATTERNS),
@@ -84,7 +95,13 @@ def check(condition: bool, name: str, value, expected: str) -> None:
 class RPSSettings:
     """The fields of :class:`hf_rps.RPSConfig`, where they are described, without those of PEFT."""
 
-    ratio: float = field(default=0.1, metadata={"help": "Stored numbers over targeted weights, m / n, in (0, 1]."})
+    ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": f"Stored numbers over targeted weights, m / n, in (0, 1]; default {DEFAULT_RATIO}. "
+            f"A learned mapping has none."
+        },
+    )
     mode: str = field(
         default="replace",
         metadata={"help": "'replace' the weights or, with PEFT, add a 'delta' to them.", "choices": MODES},
@@ -112,6 +129,14 @@ class RPSSettings:
     sharing: str = field(default="global", metadata={"help": "'global', 'block' or 'module'.", "choices": SHARING})
     mapping: str = field(default="fold", metadata={"help": _MAPPING_HELP, "choices": tuple(MAPPINGS)})
     sign: str = field(default="row", metadata={"help": "'row', 'element' (slow) or 'none'.", "choices": SIGNS})
+    bits: int | None = field(
+        default=None,
+        metadata={"help": f"Of a weight's code with mapping='codebook': {list(BITS)}; default {DEFAULT_BITS}."},
+    )
+    group_size: int | None = field(
+        default=None,
+        metadata={"help": "With mapping='codebook', weights of a row that share a codebook; default: all of the row."},
+    )
     input_fold: int | str = field(
         default=1,
         metadata={"help": "Fold inputs so many times, which divides the multiplications; 'full': as far as it goes."},
@@ -129,6 +154,7 @@ class RPSSettings:
     )
     modules: list[str] | None = field(default=None, metadata={"help": "The recorded map; leave out."})
     fingerprint: str | None = field(default=None, metadata={"help": "Of the recorded map; leave out."})
+    learned: str | None = field(default=None, metadata={"help": "Digest of a learned map's codes; leave out."})
 
     # what from_pretrained(quantization_config=RPSConfig(...)) and transformers' registry ask for
     quant_method = "rps"
@@ -139,7 +165,8 @@ class RPSSettings:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             check(isinstance(value, str) and value in choices, name, value, f"one of {list(choices)}")
-        most = most_input_fold(self.ratio)
+        self._fit_to_mapping()
+        most = 1 if self.is_learned else most_input_fold(self.ratio)
         if self.input_fold != "full" and self.input_fold > most:
             raise ValueError(
                 f"RPSConfig: input_fold={self.input_fold} leaves 1/{self.input_fold} of the weights, fewer than "
@@ -147,7 +174,9 @@ class RPSSettings:
             )
         recorded = "None; it is recorded when a model is compressed"
         check(self.modules is None or is_names(self.modules), "modules", self.modules, recorded)
-        check(self.fingerprint is None or isinstance(self.fingerprint, str), "fingerprint", self.fingerprint, recorded)
+        for name in ("fingerprint", "learned"):
+            value = getattr(self, name)
+            check(value is None or isinstance(value, str), name, value, recorded)
         if self.mode == "delta":
             fresh = isinstance(self.init_weights, bool)
             check(fresh, "init_weights", self.init_weights, "True or False with mode='delta'")
@@ -156,12 +185,47 @@ class RPSSettings:
             if isinstance(value, (set, tuple)):
                 setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
 
+    @property
+    def is_learned(self) -> bool:
+        """True where the map is learned from the weights, and not drawn from the seed."""
+        return MAPPINGS[self.mapping].is_learned
+
+    def _fit_to_mapping(self) -> None:
+        """Set the defaults that depend on the mapping, and refuse what has no meaning with it."""
+        if not self.is_learned:
+            self.ratio = DEFAULT_RATIO if self.ratio is None else self.ratio
+            for name in ("bits", "group_size"):
+                if getattr(self, name) is not None and name not in MAPPINGS[self.mapping].options:
+                    raise ValueError(
+                        f"RPSConfig: {name}={getattr(self, name)!r} has no meaning with mapping={self.mapping!r}; it "
+                        f"belongs to mapping='codebook'"
+                    )
+            return
+        self.bits = DEFAULT_BITS if self.bits is None else self.bits
+        meaningless = {
+            "ratio": (None, f"what is stored follows from bits={self.bits} and group_size"),
+            "mode": ("replace", "a learned map stands for weights that are there"),
+            "sharing": ("global", "every row has codebooks of its own"),
+            "sign": ("row", "its numbers have their signs"),
+            "input_fold": (1, "pretrained weights can't be folded without losing them"),
+        }
+        for name, (only, why) in meaningless.items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"RPSConfig: {name}={getattr(self, name)!r} has no meaning with mapping={self.mapping!r}: {why}; "
+                    f"leave it out"
+                )
+        fits = self.init_weights in (True, "project")
+        check(fits, "init_weights", self.init_weights, f"True or 'project' with mapping={self.mapping!r}")
+
     def recorded_targets(self) -> list[Target] | None:
         """The targets of the recorded map, or None."""
         return None if self.modules is None else [Target.parse(text) for text in self.modules]
 
-    def weight_map(self, targets: Sequence[Target]) -> WeightMap:
+    def weight_map(self, targets: Sequence[Target], learned: str | None = None) -> WeightMap:
         """The map of ``targets`` onto the shared array that these settings give.
+
+        ``learned`` is the digest of what a learned map has stored, by default the recorded one.
 
         Raises:
             ValueError: A map is recorded, and this is another one.
@@ -175,8 +239,16 @@ class RPSSettings:
             sign=self.sign,
             input_fold=most_input_fold(self.ratio) if self.input_fold == "full" else self.input_fold,
             init_std=self.init_std,
+            options={name: getattr(self, name) for name in MAPPINGS[self.mapping].options if hasattr(self, name)},
+            learned=self.learned if learned is None else learned,
             **(_DELTA_STD if self.mode == "delta" else {}),
         )
+        if self.fingerprint is not None and learned not in (None, self.learned):
+            raise ValueError(
+                f"this config records the codes of a learned map ({self.learned}), and these weights and inputs give "
+                f"others ({learned}). Load the checkpoint with from_pretrained, which has the codes; or leave out "
+                f"modules, fingerprint and learned for a map of its own"
+            )
         if self.fingerprint not in (None, weight_map.fingerprint):
             raise ValueError(
                 f"this config records the map {self.fingerprint}, but its modules, ratio={self.ratio!r}, "

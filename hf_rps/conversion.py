@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from hf_rps.freezing import check_frozen, watch_freezing
 from hf_rps.initial import array_dtype, check_weights, initial_std, initialise
 from hf_rps.layers.base import RPSLayer
 from hf_rps.layers.kinds import Candidate
+from hf_rps.learning.learned import LearnedMap
 from hf_rps.mappings.base import Target
 from hf_rps.names import BANK_NAME, Place, base_model_of, base_prefix, is_outside, map_name, outer_name
 from hf_rps.psi.bank import Bank
@@ -71,10 +73,17 @@ class Fitted(NamedTuple):
         install(self.model, self.bank, self.layers)
 
 
-def fit(model: nn.Module, config: RPSSettings, candidates: list[Candidate] | None = None) -> Fitted:
+def fit(
+    model: nn.Module,
+    config: RPSSettings,
+    candidates: list[Candidate] | None = None,
+    batches: Sequence[Any] = (),
+    whole: nn.Module | None = None,
+) -> Fitted:
     """Select targets and fit the shared array. ``model`` stays as it is.
 
-    ``candidates`` are the weights to share, by default those that ``config`` records or chooses.
+    ``candidates`` are the weights to share, by default those that ``config`` records or chooses. A map that is learned
+    is calibrated on ``batches``, with which ``whole`` is called, the model that ``model`` is a part of.
     """
     devices = set(getattr(model, "hf_device_map", {}).values())
     if len(devices) > 1:
@@ -96,13 +105,32 @@ def fit(model: nn.Module, config: RPSSettings, candidates: list[Candidate] | Non
             for name, c in chosen.items()
         ]
     check_frozen([*chosen.values()])
-    weight_map = config.weight_map(targets)
+    if config.is_learned:
+        _check_smaller(config, targets)
+    learned = LearnedMap(whole or model, chosen, config, batches) if config.is_learned else None
+    weight_map = config.weight_map(targets, None if learned is None else learned.digest)
     device = next(iter(chosen.values())).stored.device
     bank = Bank(weight_map, config.grad_scaling, device=device, dtype=array_dtype(chosen.values()))
     bank.settings = copy.deepcopy(config)
     bank.psi.requires_grad_(any(c.stored.requires_grad for c in chosen.values()))
-    initialise(bank.psi, bank.array, chosen, config.init_weights)
+    if learned is None:
+        initialise(bank.psi, bank.array, chosen, config.init_weights)
+    else:
+        learned.write(bank)
     return Fitted(model, bank, stand_ins(bank, chosen))
+
+
+def _check_smaller(config: RPSSettings, targets: Sequence[Target]) -> None:
+    """Raise a ValueError where codebooks alone would hold as many numbers as the weights."""
+    free = copy.copy(config)
+    free.fingerprint = None
+    m, n = free.weight_map(targets).m, sum(target.numel for target in targets)
+    if m >= n:
+        raise ValueError(
+            f"bits={config.bits} and group_size={config.group_size} need {m:,} numbers of codebooks, more than the "
+            f"weights have ({n:,}): a codebook has {2**config.bits} entries. Take fewer bits or a larger group_size, "
+            f"or leave small layers out with exclude_modules"
+        )
 
 
 def stand_ins(bank: Bank, candidates: dict[str, Candidate]) -> dict[str, RPSLayer]:

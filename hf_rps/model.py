@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import nn
 
 from hf_rps import conversion
 from hf_rps.config import RPSSettings
 from hf_rps.integrations.peft.config import RPSConfig
 from hf_rps.integrations.transformers import quantization_config, quantizer
+from hf_rps.learning.calibration import batches_of
 
 
-def get_rps_model(model: nn.Module, config: RPSSettings) -> nn.Module:
+def get_rps_model(
+    model: nn.Module, config: RPSSettings, calibration: Iterable[Any] | None = None, tokenizer: Any = None
+) -> nn.Module:
     """Compress ``model`` in place: all targeted weights become slices of one shared trainable array.
 
     Args:
@@ -19,6 +25,12 @@ def get_rps_model(model: nn.Module, config: RPSSettings) -> nn.Module:
             shared array of its own, so that each saves itself. The config of a transformers model is copied before it
             is marked; a model around it keeps the old object.
         config: See :class:`hf_rps.RPSConfig`. One that :func:`get_rps_config` returned gives the same map again.
+
+        calibration: For a map that is learned (``mapping="codebook"``): a few thousand tokens of what the model is for,
+            as a list of texts or as batches (a DataLoader; dictionaries of arguments, tensors or tuples). The map then
+            keeps what the layers compute on them, layer by layer; without it, their weights (k-means). All of them are
+            read, and the outputs of the blocks are kept meanwhile: tokens x hidden size x blocks numbers.
+        tokenizer: Of texts; default: that of the model's name or folder.
 
     Returns:
         The same object, of the same class. At ``ratio=1`` it computes what it computed before, to float rounding.
@@ -44,8 +56,14 @@ def get_rps_model(model: nn.Module, config: RPSSettings) -> nn.Module:
         )
     if hasattr(model, "peft_config"):
         raise ValueError("this model carries PEFT adapters; merge them (merge_and_unload) before get_rps_model")
+    if calibration is not None and not config.is_learned:
+        raise ValueError(
+            f"calibration is for a map that is learned, and mapping={config.mapping!r} is drawn from the seed; leave "
+            f"it out, or take RPSConfig(mapping='codebook', bits=4)"
+        )
     _check_float(model)
-    quantizer.compress(model, config)
+    batches = [] if calibration is None else batches_of(calibration, model, tokenizer)
+    quantizer.compress(model, config, batches)
     return model
 
 

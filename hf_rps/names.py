@@ -87,6 +87,11 @@ def psi_name(fingerprint: str) -> str:
     return f"psi_{fingerprint[:12]}"
 
 
+def stored_name(name: str, fingerprint: str) -> str:
+    """Name of a layer's parameter that holds what the learned map with this fingerprint has stored as ``name``."""
+    return f"{name}_{fingerprint[:12]}"
+
+
 def psi_names(state_dict, prefix: str) -> list[str]:
     """The keys of shared arrays of any map, or of none that is known, directly under ``prefix`` in a state dict."""
     return [key for key in state_dict if key.startswith(prefix) and _PSI.fullmatch(key.removeprefix(prefix))]

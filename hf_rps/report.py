@@ -20,6 +20,8 @@ class SizeReport:
         dense_bytes, bytes: Bytes of all parameters, dense and now.
         dense_multiplications, multiplications: Of the targeted weights, dense and now, for one token (one position of a
             convolution): how many numbers they are, unless inputs are folded.
+        shared_bytes: Of the targeted weights, dense.
+        code_bytes: Of the codes of a learned map, which are among ``bytes``, and among no numbers.
         init_weights: Where the shared array started: "project", "rescale" or False, see :class:`hf_rps.RPSConfig`. None
             where that is not known (a loaded checkpoint) or there is no such array (a dense model).
     """
@@ -32,6 +34,8 @@ class SizeReport:
     bytes: int
     dense_multiplications: int = 0
     multiplications: int = 0
+    code_bytes: int = 0
+    shared_bytes: int = 0
     init_weights: bool | str | None = None
 
     def __str__(self) -> str:
@@ -44,6 +48,12 @@ class SizeReport:
             rows.append(("multiplications", self.dense_multiplications, self.multiplications))
         lines = [f"{'':<18}{'dense':>16}{'now':>16}{'ratio':>9}"]
         lines += [f"{name:<18}{dense:>16,}{now:>16,}{now / dense if dense else 1:>9.4f}" for name, dense, now in rows]
+        if self.code_bytes:
+            books = self.bytes - self.code_bytes - (self.dense_bytes - self.shared_bytes)
+            lines.append(
+                f"{8 * (self.code_bytes + books) / self.n:.2f} bits per weight: {8 * self.code_bytes / self.n:.2f} of "
+                f"codes, {8 * books / self.n:.2f} of codebooks"
+            )
         if self.init_weights is not None:
             lines.append(f"init_weights: {self.init_weights}")
         return "\n".join(lines)
@@ -65,14 +75,17 @@ def size_report(model: nn.Module) -> SizeReport:
     if hasattr(model, "peft_config"):
         raise ValueError("this model carries PEFT adapters; call its print_trainable_parameters() for their sizes")
     banks = find_banks(model)
-    parameters = sum(p.numel() for p in model.parameters())
+    layers = {*shared_layers(model).values()}
+    codes = sum(t.numel() for layer in layers for t in layer.shared.matrix.stored().values())
+    parameters = sum(p.numel() for p in model.parameters()) - codes
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     n, m = sum(bank.weight_map.n for bank in banks), sum(bank.weight_map.m for bank in banks)
-    more = sum((bank.weight_map.n - bank.weight_map.m) * bank.psi.element_size() for bank in banks)
-    for layer in {*shared_layers(model).values()}:  # a dense weight may be narrower than the array
+    more = -codes + sum((bank.weight_map.n - bank.weight_map.m) * bank.psi.element_size() for bank in banks)
+    shared = sum(layer.shared.target.numel * layer.weight_dtype.itemsize for layer in layers)
+    for layer in layers:  # a dense weight may be narrower than the array
         more -= layer.shared.target.numel * (layer.bank.psi.element_size() - layer.weight_dtype.itemsize)
     starts = list(dict.fromkeys(bank.array.started for bank in banks))
     started = starts[0] if len(starts) == 1 else ", ".join(map(str, starts)) or None
     matrices = [layer.shared.matrix for layer in shared_layers(model).values()]
     products = sum(matrix.rows * matrix.cols for matrix in matrices), sum(matrix.multiplications for matrix in matrices)
-    return SizeReport(n, m, parameters - m + n, parameters, size + more, size, *products, started)
+    return SizeReport(n, m, parameters - m + n, parameters, size + more, size, *products, codes, shared, started)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_rps.layers.initialisers import is_initialiser
 from hf_rps.layers.stand_in import FREEZE_REMEDY, WeightStandIn
+from hf_rps.names import stored_name
 from hf_rps.psi.bank import Bank
 from hf_rps.psi.weight import SharedWeight
 
@@ -52,6 +53,16 @@ class OwnParameters(dict):
         super().__delitem__(key)
 
 
+class FrozenParameter(nn.Parameter):
+    """A parameter of integers. ``model.requires_grad_(True)`` means the others, and does not fail at it."""
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False):
+        return super().__new__(cls, data, requires_grad=False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> FrozenParameter:
+        return self
+
+
 class RPSLayer(nn.Module):
     """A layer whose weight is a slice of the shared array of ``bank``; a base class.
 
@@ -65,11 +76,13 @@ class RPSLayer(nn.Module):
     Attributes:
         watched: Whether the parameters around this layer were trainable when it was put in place; that they are frozen
             is noticed then (:mod:`hf_rps.freezing`).
+        stored_names: Of the parameters that hold what a learned map has stored.
         stays_trained: Whether :meth:`requires_grad_` has said that the weight is trained whatever is frozen around it.
     """
 
     weight_shape: tuple[int, ...]  # of the weight as the dense layer stores it
     watched = stays_trained = False
+    stored_names: tuple[str, ...] = ()
 
     def __init__(self, name: str, bank: Bank, dense: nn.Module, parameter: str = "weight"):
         super().__init__()
@@ -82,7 +95,19 @@ class RPSLayer(nn.Module):
         shell._parameters = dict.fromkeys(dense._parameters)
         self.__dict__["_shell"] = shell
         self.shared = SharedWeight(name, bank)
+        self._register_stored()
         self._weight_dtype = bank.array.weight_dtypes[name] = getattr(dense, parameter).dtype
+
+    def _register_stored(self) -> None:
+        """Hold what a learned map has stored of this layer's weight: as frozen parameters, which are placed, sharded
+        and saved with the layer, and not in the bank, which may be on another device."""
+        matrix, fingerprint = self.shared.matrix, self.bank.weight_map.fingerprint
+        keys = {name: stored_name(name, fingerprint) for name in matrix.stored()}
+        for name, tensor in matrix.stored().items():
+            self.register_parameter(keys[name], FrozenParameter(tensor))
+        if keys:
+            self.stored_names = tuple(keys.values())
+            matrix.keep_in(self._parameters, keys)
 
     @property
     def bank(self) -> Bank:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping as MappingOf
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -126,19 +127,34 @@ class SharedMatrix(ABC):
         """The tensors that this object keeps: indices, scales and signs, on every device where they were used."""
         return []
 
+    def stored(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside psi, by name: of a learned map, what was learned.
+
+        The layer registers each as a frozen parameter, and calls :meth:`keep_in`. On meta where there is none yet.
+        """
+        return {}
+
+    def keep_in(self, home: MappingOf[str, Tensor], keys: dict[str, str]) -> None:  # noqa: B027, most store nothing
+        """From now on find what is stored in ``home``, where the name ``n`` is called ``keys[n]``.
+
+        Loaders and wrappers replace parameter objects, so it is looked up on every use.
+        """
+
 
 class Mapping(ABC):
     """How the weights of one sharing group lie on a segment of psi, [base, base + m).
 
     Args:
         spans: Where the group's matrices lie in its flat index range [0, n), end to end.
-        ratio: Stored numbers over weights.
+        ratio: Stored numbers over weights; None for a learned mapping, which has no such knob.
         key: Of the group's hashed streams.
         base: First slot of the segment.
     """
 
     name: ClassVar[str]
     help: ClassVar[str]  # half a sentence for users
+    options: ClassVar[tuple[str, ...]] = ()  # fields of RPSConfig that it takes beside the ratio, as keywords
+    is_learned: ClassVar[bool] = False  # from the weights: then it takes no ratio, and matrices have something stored
     shifts: tuple[int, ...] = ()  # what it drew, for the fingerprint
 
     n: int
@@ -146,7 +162,7 @@ class Mapping(ABC):
     base: int
 
     @abstractmethod
-    def __init__(self, spans: Sequence[Span], ratio: float, key: int, base: int): ...
+    def __init__(self, spans: Sequence[Span], ratio: float | None, key: int, base: int): ...
 
     @abstractmethod
     def matrix(self, span: Span, scale: float, signs: np.ndarray) -> SharedMatrix:

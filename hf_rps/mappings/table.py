@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_rps.mappings.base import Mapping
+from hf_rps.mappings.codebook import Codebook
 from hf_rps.mappings.fold import Fold
 from hf_rps.mappings.indexed import Hash, Roast
 
@@ -20,5 +21,5 @@ def register(mapping: type[Mapping]) -> type[Mapping]:
     return mapping
 
 
-for _mapping in (Fold, Roast, Hash):
+for _mapping in (Fold, Roast, Hash, Codebook):
     register(_mapping)

@@ -49,13 +49,16 @@ class WeightMap:
     RMS(std) * (m / n)**(1/3), makes every scale about (n / m)**(1/3), so that an AdamW step of size lr on the shared
     array moves a weight by (n / m)**(1/3) * lr. With it the dense model's best learning rate was measured to stay the
     best one. ``std_factor`` multiplies that default, ``std_exponent`` stands for the 1/3.
+
+    A mapping that is learned takes ``options`` of its own, and has no ratio; ``learned`` is a digest of what its
+    matrices have stored, without which there is no map.
     """
 
     def __init__(
         self,
         targets: Sequence[Target],
         *,
-        ratio: float,
+        ratio: float | None,
         seed: int = 0,
         sharing: str = "global",
         mapping: str = "fold",
@@ -64,10 +67,12 @@ class WeightMap:
         init_std: float | None = None,
         std_factor: float = 1.0,
         std_exponent: float = INIT_EXPONENT,
+        options: dict | None = None,
+        learned: str | None = None,
     ):
         self.targets = tuple(targets)
         self.ratio, self.seed, self.sharing, self.mapping, self.sign = ratio, seed, sharing, mapping, sign
-        self.input_fold = input_fold
+        self.input_fold, self.options, self.learned = input_fold, dict(options or {}), learned
         self._folds: dict[tuple, InputFold] = {}
         self.index = {target.name: i for i, target in enumerate(self.targets)}
         if not self.targets or len(self.index) != len(self.targets):
@@ -95,8 +100,9 @@ class WeightMap:
                 start = spans[-1].stop
             self._keys.append(stream_key(self.seed, self.mapping, name))
             # of the weights that are left when inputs are folded; the same numbers as without
-            ratio = min(1.0, self.ratio * sum(target.numel for target in targets) / start)
-            group = MAPPINGS[self.mapping](spans, ratio, self._keys[-1], base)
+            total = sum(target.numel for target in targets)
+            ratio = None if self.ratio is None else min(1.0, self.ratio * total / start)
+            group = MAPPINGS[self.mapping](spans, ratio, self._keys[-1], base, **self.options)
             self._places.update((target.name, (group, span)) for target, span in zip(targets, spans, strict=True))
             groups.append(group)
             base += group.m
@@ -170,6 +176,8 @@ class WeightMap:
         if self.input_fold != 1:
             content |= {"input_fold": self.input_fold, "positions": [t.positions for t in self.targets]}
             content["folded_size"] = "divisors"  # maps before that are others
+        if self.options:
+            content |= {"options": self.options, "learned": self.learned}
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def sentinel_shape(self) -> tuple[int, int]:

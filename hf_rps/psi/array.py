@@ -86,7 +86,7 @@ class SharedArray:
         return (self.divided(psi.to(device)) if traced is None else traced).to(dtype)
 
     def divided(self, psi: Tensor) -> Tensor:
-        """psi (m,), with the divisor before its gradient where it gets one, by an operation that compilers can trace."""
+        """psi (m,), with the divisor before its gradient where it gets one, by operations that compilers can trace."""
         if self.divisor.scaling == "none" or not (torch.is_grad_enabled() and psi.requires_grad):
             return psi
         return Divide.apply(psi, self.divisor.tensor(psi.device, torch.promote_types(psi.dtype, torch.float32)))

@@ -27,13 +27,23 @@ class Divisor:
 
     def __init__(self, matrices: Collection[SharedMatrix], m: int, scaling: str):
         self.m, self.scaling = m, scaling
-        # in pieces or, for mappings where it has none, slot by slot; made here, for compilers can't trace it
-        self._pieces = _load_pieces(matrices, m)
-        self._gamma = None if self._pieces else load(matrices, m)
+        self._matrices = list(matrices)
+        self._pieces: list[tuple[int, float]] = []
+        self._gamma: Tensor | None = None
+        if not any(matrix.stored() for matrix in matrices):
+            self.settle()
         self._kept: dict[tuple, Tensor | tuple[list[int], list[float]]] = {}
 
     def __getstate__(self):
         return self.__dict__ | {"_kept": {}}
+
+    def settle(self) -> None:
+        """Work Gamma out, in pieces or, for mappings where it has none, slot by slot.
+
+        It is done when all that the matrices have stored is there, for compilers can't trace it.
+        """
+        self._pieces = _load_pieces(self._matrices, self.m)
+        self._gamma = None if self._pieces else load(self._matrices, self.m)
 
     def _powered(self) -> list[tuple[int, float]]:
         """(length, divisor) pieces over the m slots."""
@@ -44,6 +54,8 @@ class Divisor:
         """The divisor (m,), or None for 1."""
         if self.scaling == "none":
             return None
+        if not self._pieces and self._gamma is None:
+            self.settle()
         if self._pieces:
             if len(self._pieces) <= _FEW_PIECES:
                 return torch.cat([torch.full((n,), v, dtype=dtype, device=device) for n, v in self._powered()])

@@ -12,7 +12,7 @@ from hf_rps import RPSConfig, get_rps_model, size_report
 from hf_rps.conversion import find_bank
 
 FORMS = ["ddp", "ddp checkpoint", "ddp static checkpoint reentrant", "fsdp", "fsdp reshard", "fsdp reshard checkpoint"]
-MODES = ["native", "replace", "delta"]
+MODES = ["native", "learned", "replace", "delta"]
 SCRIPT = """
     from peft import get_peft_model
     from torch.nn.parallel import DistributedDataParallel
@@ -31,6 +31,8 @@ SCRIPT = """
         base = LlamaForCausalLM(config)
         if mode == "native":
             model = get_rps_model(base, RPSConfig(ratio=0.15))
+        elif mode == "learned":
+            model = get_rps_model(base, RPSConfig(mapping="codebook", bits=3))
         else:
             model = get_peft_model(base, RPSConfig(ratio=0.15, mode=mode))
         read(model, way)
@@ -50,7 +52,7 @@ SCRIPT = """
                 fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
             fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
         trained = [p for p in wrapped.parameters() if p.requires_grad]
-        psi = base.model.rps.psi if mode == "native" else base.rps.rps_banks["default"].psi
+        psi = base.model.rps.psi if mode in ("native", "learned") else base.rps.rps_banks["default"].psi
         optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
         data = torch.arange(4 * 9).view(4, 9) * 7 % 50
         gradients = []

@@ -25,7 +25,8 @@ class RPSConfig(RPSSettings, PeftConfig):
     m = round(ratio * n) numbers. ``RPSConfig(ratio=0.1)`` is meant to be right for nearly everyone.
 
     Args:
-        ratio: Stored numbers over targeted weights, m / n, in (0, 1]. 0.1 stores a tenth; 1 is the dense model itself.
+        ratio: Stored numbers over targeted weights, m / n, in (0, 1]. 0.1 (default) stores a tenth; 1 is the dense
+            model itself. With ``mapping="codebook"`` it follows from ``bits``, and is not given.
         mode: "replace" (default): the shared array stands for the targeted weights, which are freed. "delta", with
             PEFT only: it stands for a change of them, W = W0 + RPS(psi), zero at first: an adapter of full rank, for
             ratios like 0.001.
@@ -44,7 +45,12 @@ class RPSConfig(RPSSettings, PeftConfig):
         sharing: "global" shares one array between all targets (the best accuracy at equal m); "block" gives each
             transformer block, "module" each module, a segment of its own.
         mapping: "fold" (RANDOMFOLD, weights are views, dense speed). "roast" (hashed tiles of 64 weights, ICML 2023)
-            and "hash" (a hash per weight, HashedNets, ICML 2015) are slow forms, for comparison.
+            and "hash" (a hash per weight, HashedNets, ICML 2015) are slow forms, for comparison. "codebook" is for
+            pretrained models: every row of a weight has a few numbers of its own, each weight is one of them, and which
+            one is learned (``calibration`` of :func:`hf_rps.get_rps_model`) and stored in ``bits``. The shared array is
+            all the codebooks. Not with PEFT.
+        bits: Of a weight's code, 2, 3, 4 (default) or 8, with ``mapping="codebook"``; a codebook has 2**bits numbers.
+        group_size: How many weights of a row share a codebook, with ``mapping="codebook"``. None (default): all of them.
         sign: "row", one hashed sign per output row, which is free; "element", one per weight, the paper's exact form
             and slow; "none".
         input_fold: How many times a layer's input is folded before the product, which divides the multiplications by
@@ -68,7 +74,7 @@ class RPSConfig(RPSSettings, PeftConfig):
             sum(scale sign w) / Gamma_j. "rescale": sum(sign w / scale) / sqrt(count_j), which keeps every module's own
             std. Both are exact at ratio 1. False: independent draws from N(0, C**2) of torch's generator. With
             ``mode="delta"`` True is zero and False is draws.
-        modules, fingerprint: The map, recorded in the config of a PEFT adapter when it is made and checked when it is
+        modules, fingerprint, learned: The map, recorded in the config of a PEFT adapter when it is made and checked when it is
             loaded, and in what :func:`hf_rps.get_rps_config` returns. Leave them out.
 
     Raises:

@@ -66,6 +66,12 @@ class RPSModel(WeightedAdapters, BaseTuner):
     def _prepare_model(self, peft_config: RPSConfig, model: nn.Module) -> None:
         """Choose the targets and make their map, with all the errors that there may be."""
         self._candidates: dict[str, Candidate] = {}
+        if peft_config.is_learned:
+            raise ValueError(
+                f"adapters have no learned map, got RPSConfig(mapping={peft_config.mapping!r}); compress the model "
+                f"with hf_rps.get_rps_model(model, config, calibration=...) and train it as it is: only its codebooks, "
+                f"and what is not compressed, are trained"
+            )
         if find_bank(model) is not None:
             raise ValueError(
                 f"this {type(model).__name__} is compressed already (get_rps_model); train it as it is, or call "

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ from hf_rps.integrations.transformers.weights_files import (
     list_saved,
     whole_state,
 )
-from hf_rps.layers.base import RPSLayer
+from hf_rps.layers.base import FrozenParameter, RPSLayer
 from hf_rps.layers.kinds import Candidate
 from hf_rps.names import BANK_NAME, LEGACY_PSI, base_prefix, is_psi_key, outer_name, weight_key
 from hf_rps.psi.bank import Bank
@@ -139,6 +140,7 @@ class RPSQuantizer(HfQuantizer):
             return
         for bank in find_banks(model):
             _check_loaded(model, bank)
+        _check_stored(model)
         for module in model.modules():  # transformers initialises layers only by class
             bias = module.bias if isinstance(module, RPSLayer) else None
             if bias is not None and not bias.is_meta and not getattr(bias, "_is_hf_initialized", False):
@@ -227,6 +229,23 @@ def _check_loaded(model: nn.Module, bank: Bank) -> None:
         )
 
 
+def _check_stored(model: nn.Module) -> None:
+    """Raise a ValueError unless all that learned maps have stored was loaded; work out what depends on it."""
+    for name, layer in shared_layers(model).items():
+        for key in layer.stored_names:
+            tensor = layer._parameters[key]
+            if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+                raise ValueError(
+                    f"the checkpoint has no codes {name}.{key}, as its config records them: it is incomplete, or "
+                    f"belongs to another model"
+                )
+            layer._parameters[key] = FrozenParameter(tensor.detach())
+    for bank in find_banks(model):
+        stored = [t for matrix in bank.array.matrices.values() for t in matrix.stored().values()]
+        if stored and not any(tensor.is_meta for tensor in stored):
+            bank.array.divisor.settle()
+
+
 def _is_of_the_saved_class(model: nn.Module) -> bool:
     classes = getattr(model.config, "architectures", None)
     return isinstance(classes, (list, tuple)) and type(model).__name__ in classes
@@ -237,10 +256,11 @@ def mark_whole(model: nn.Module) -> None:
     mark(model, RPSQuantizer(RPSQuantizationConfig.of(model), pre_quantized=True))
 
 
-def compress(model: nn.Module, settings: RPSSettings) -> None:
+def compress(model: nn.Module, settings: RPSSettings, batches: Sequence[Any] = ()) -> None:
     """Convert ``model``, or the models inside it, in place and, where they are transformers' models, let them save
-    themselves compactly. All parts are fitted before the first is changed."""
-    for fitted in [fit(part, settings, candidates) for part, candidates in parts_of(model, settings)]:
+    themselves compactly. All parts are fitted before the first is changed; ``batches`` calibrate a learned map."""
+    parts = parts_of(model, settings)
+    for fitted in [fit(part, settings, candidates, batches, model) for part, candidates in parts]:
         fitted.install()
         if is_transformers_model(fitted.model):
             mark_whole(fitted.model)

@@ -1,0 +1,239 @@
+"""Codebooks: packed codes, their matrix beside its definition, and how they are learned."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from hf_rps.layers.kinds import Candidate, kind_of
+from hf_rps.learning.calibration import Walk
+from hf_rps.learning.codebooks import DAMPING, RowCodebooks, damped, error, kmeans, learn
+from hf_rps.mappings.base import Span
+from hf_rps.mappings.codebook import BITS, CodebookMatrix
+from hf_rps.mappings.codes import pack, packed_size, unpack
+from hf_rps.psi.divisor import Divisor
+
+
+@given(bits=st.sampled_from(BITS), rows=st.integers(1, 5), cols=st.integers(1, 40), seed=st.integers(0, 999))
+@settings(deadline=None, max_examples=60)
+def test_codes_are_packed_without_a_gap(bits, rows, cols, seed):
+    codes = torch.randint(0, 2**bits, (rows, cols), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape == (rows, packed_size(cols, bits))
+    assert packed.dtype == torch.uint8
+    assert torch.equal(unpack(packed, cols, bits), codes)
+    # a bit string by Python's own integers, row by row
+    for row, found in zip(codes.tolist(), packed.tolist(), strict=True):
+        number = sum(code << (bits * i) for i, code in enumerate(row))
+        assert int.from_bytes(bytes(found), "little") == number
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_packed_form_stays(bits):
+    """Checkpoints hold it."""
+    golden = {2: [228, 228], 3: [136, 198, 250], 4: [16, 50, 84, 118], 8: [0, 1, 2, 3, 4, 5, 6, 7]}
+    codes = torch.arange(8)[None] % 2**bits
+    assert pack(codes.to(torch.uint8), bits)[0].tolist() == golden[bits]
+
+
+def matrix_of(rows, cols, bits, group, start=3):
+    torch.manual_seed(rows + cols)
+    matrix = CodebookMatrix(Span(0, rows, cols), bits, group, start)
+    codes = torch.randint(0, 2**bits, (rows, cols), dtype=torch.uint8)
+    matrix.keep_in({"codes": pack(codes, bits)}, {"codes": "codes"})
+    return matrix, codes, torch.randn(start + matrix.size + 2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("rows", "cols", "group"), [(5, 12, 12), (7, 13, 13), (4, 20, 8), (3, 9, 4)])
+def test_every_method_follows_the_definition(bits, rows, cols, group):
+    matrix, codes, psi = matrix_of(rows, cols, bits, group)
+    groups, gradient = -(-cols // group), torch.randn(rows, cols, dtype=torch.float64)
+    expected, adjoint, load = torch.empty(rows, cols, dtype=torch.float64), torch.zeros_like(psi), torch.zeros_like(psi)
+    for r in range(rows):
+        for c in range(cols):
+            slot = 3 + (r * groups + c // group) * 2**bits + int(codes[r, c])
+            expected[r, c] = psi[slot]
+            adjoint[slot] += gradient[r, c]
+            load[slot] += 2.0
+    torch.testing.assert_close(matrix.weight(psi), expected)
+    torch.testing.assert_close(matrix.make(psi), expected)
+    into = torch.zeros_like(psi)
+    matrix.add_adjoint(into, gradient)
+    torch.testing.assert_close(into, adjoint)
+    into = torch.zeros_like(psi)
+    matrix.add_load(into, 2.0)
+    torch.testing.assert_close(into, load)
+    divisor = Divisor([matrix], len(psi), "projection").tensor(psi.device, psi.dtype)
+    torch.testing.assert_close(divisor, (load / 2).masked_fill(load == 0, 1.0))
+
+
+def test_gamma_waits_for_the_codes():
+    """A model that is loaded has none at first."""
+    matrix, codes, psi = matrix_of(4, 10, 2, 10, start=0)
+    empty = CodebookMatrix(Span(0, 4, 10), 2, 10, 0)
+    assert empty.stored()["codes"].is_meta
+    divisor = Divisor([empty], len(psi), "norm")
+    empty.keep_in({"codes": pack(codes, 2)}, {"codes": "codes"})
+    expected = Divisor([matrix], len(psi), "norm").tensor(psi.device, psi.dtype)
+    torch.testing.assert_close(divisor.tensor(psi.device, psi.dtype), expected)
+
+
+def test_kmeans_is_where_lloyds_algorithm_ends():
+    torch.manual_seed(0)
+    weight, importance = torch.randn(6, 300), torch.rand(300) + 0.1
+    centres = kmeans(weight, importance, 4)
+    assert (centres.diff(dim=1) > 0).all()
+    nearest = (weight[:, :, None] - centres[:, None]).abs().argmin(-1)
+    for row in range(6):
+        for i in range(4):
+            mine = nearest[row] == i
+            mean = (weight[row, mine] * importance[mine]).sum() / importance[mine].sum()
+            assert abs(mean - centres[row, i]) < 0.02
+
+
+def correlated(cols, tokens=400):
+    x = torch.randn(tokens, cols) @ torch.randn(cols, cols) * torch.linspace(0.2, 2, cols)
+    return x.t() @ x / tokens
+
+
+@pytest.mark.parametrize("group", [48, 16])
+def test_each_step_makes_the_error_smaller(group):
+    torch.manual_seed(1)
+    weight, hessian = torch.randn(10, 48), damped(correlated(48))
+    state = RowCodebooks(weight, 8, group, hessian.diagonal().sqrt())
+    nearest = error(weight, state.made(), hessian)
+    state.feed_back(hessian)
+    errors = [error(weight, state.made(), hessian)]
+    for _ in range(3):
+        state.refit(hessian)
+        errors.append(error(weight, state.made(), hessian))
+        state.descend(hessian)
+        errors.append(error(weight, state.made(), hessian))
+    assert all(after <= before * (1 + 1e-4) for before, after in itertools.pairwise(errors)), errors
+    assert errors[-1] < 0.6 * nearest
+    # no single code could be better
+    gradient = (state.made() - weight) @ hessian
+    books = state.books.repeat_interleave(group, dim=1)[:, :48]  # (rows, cols, entries)
+    step = books - state.made()[..., None]
+    gain = 2 * step * gradient[..., None] + step.square() * hessian.diagonal()[None, :, None]
+    state.descend(hessian)
+    assert gain.min() > -0.05 * errors[-1]
+
+
+def test_books_are_the_best_for_their_codes():
+    torch.manual_seed(2)
+    weight, hessian = torch.randn(3, 24), damped(correlated(24))
+    state = RowCodebooks(weight, 4, 24, torch.ones(24))
+    state.refit(hessian)
+    for row in range(3):
+        chosen = nn.functional.one_hot(state.codes[row], 4).float()
+        best = torch.linalg.lstsq(chosen.t() @ hessian @ chosen, (chosen.t() @ hessian @ weight[row])[:, None]).solution
+        used = chosen.sum(0) > 0
+        torch.testing.assert_close(state.books[row, 0][used], best[:, 0][used], rtol=1e-3, atol=1e-4)
+
+
+def test_learning_without_inputs_and_with():
+    torch.manual_seed(3)
+    weight = torch.randn(20, 64)
+    plain = learn(weight, 3)
+    assert torch.equal(plain.weight(), learn(weight, 3).weight())
+    hessian = correlated(64)
+    calibrated = learn(weight, 3, None, hessian).weight()
+    assert error(weight, calibrated, hessian) < 0.6 * error(weight, plain.weight(), hessian)
+    few = torch.randint(0, 4, (5, 30)).float()
+    assert torch.equal(learn(few, 2).weight(), few)
+    torch.testing.assert_close(learn(few, 2, 8, correlated(30)).weight(), few, rtol=1e-3, atol=1e-3)
+    half = learn(weight.bfloat16(), 4, 16)
+    assert half.books.dtype == torch.bfloat16
+    assert half.books.shape == (20, 4, 16)
+
+
+def test_an_input_that_is_never_there():
+    hessian = correlated(16)
+    hessian[3], hessian[:, 3] = 0, 0
+    assert torch.isfinite(learn(torch.randn(4, 16), 2, None, hessian).weight()).all()
+    assert torch.isfinite(learn(torch.randn(4, 16), 2, None, torch.zeros(16, 16)).weight()).all()
+    assert np.isclose(DAMPING, damped(torch.eye(4))[0, 0] - 1)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.out(torch.tanh(self.q(x)) * self.k(x))
+
+
+class Chain(nn.Module):
+    """Blocks with a connection past them, and a layer that no number tells of."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(Block() for _ in range(3)), nn.Linear(8, 4)
+
+    def forward(self, x):
+        first = x
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x + first)
+
+
+def test_every_layer_is_calibrated_on_the_compressed_ones_before_it():
+    torch.manual_seed(0)
+    model, batches = Chain(), [torch.randn(3, 5, 8), torch.randn(2, 5, 8)]
+    before = copy.deepcopy(model.state_dict())
+    candidates = {n: Candidate(n, m, kind_of(m)) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    learned, hessians = {}, {}
+
+    def halve(name, candidate, hessian):
+        hessians[name], learned[name] = hessian, (candidate.weight * 8).round() / 8
+        return learned[name]
+
+    walk = Walk(model, candidates, batches)
+    counts = {}
+    find = walk._find_counts
+    walk._find_counts = lambda: (find(), counts.update(walk._counts))
+    walk.learn(halve)
+    assert learned.keys() == candidates.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.training
+    # the same inputs, from a model whose earlier layers are replaced by hand
+    order = list(learned)
+    for i, name in enumerate(order):
+        mixed = copy.deepcopy(model).eval()
+        same_input = {"q": (), "k": ("q",)}.get(name.rpartition(".")[2], ())
+        for other in order[:i]:
+            if other.rpartition(".")[2] not in same_input or other.rpartition(".")[0] != name.rpartition(".")[0]:
+                mixed.get_submodule(other).weight.data = learned[other]
+        inputs = []
+        mixed.get_submodule(name).register_forward_pre_hook(lambda m, args, inputs=inputs: inputs.append(args[0]))
+        with torch.no_grad():
+            for batch in batches:
+                mixed(batch)
+        x, weight = torch.cat([x.flatten(0, 1) for x in inputs]), torch.cat(counts[candidates[name].module])
+        expected = (x * weight[:, None]).t() @ x / weight.sum()
+        torch.testing.assert_close(hessians[name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_walk_that_fails_leaves_the_model_as_it_was():
+    model = Chain()
+    before = copy.deepcopy(model.state_dict())
+    candidates = {n: Candidate(n, m, kind_of(m)) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+    def fails(name, candidate, hessian):
+        if name == "blocks.1.out":
+            raise MemoryError
+        return torch.zeros_like(candidate.weight)
+
+    with pytest.raises(MemoryError):
+        Walk(model, candidates, [torch.randn(2, 8)]).learn(fails)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all("forward" not in module.__dict__ and not module._forward_pre_hooks for module in model.modules())
