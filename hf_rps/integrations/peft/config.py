@@ -46,11 +46,11 @@ class RPSConfig(RPSSettings, PeftConfig):
             transformer block, "module" each module, a segment of its own.
         mapping: "fold" (RANDOMFOLD, weights are views, dense speed). "roast" (hashed tiles of 64 weights, ICML 2023)
             and "hash" (a hash per weight, HashedNets, ICML 2015) are slow forms, for comparison. "codebook" is for
-            pretrained models: every row of a weight has a few numbers of its own, each weight is one of them, and which
-            one is learned (``calibration`` of :func:`hf_rps.get_rps_model`) and stored in ``bits``. The shared array is
+            pretrained models: every row of a weight has a few numbers of its own, each weight is one of them, and
+            which is learned (``calibration`` of :func:`hf_rps.get_rps_model`) and stored in ``bits``. The shared array is
             all the codebooks. Not with PEFT.
         bits: Of a weight's code, 2, 3, 4 (default) or 8, with ``mapping="codebook"``; a codebook has 2**bits numbers.
-        group_size: How many weights of a row share a codebook, with ``mapping="codebook"``. None (default): all of them.
+        group_size: How many weights of a row share a codebook, with ``mapping="codebook"``. None (default): all.
         sign: "row", one hashed sign per output row, which is free; "element", one per weight, the paper's exact form
             and slow; "none".
         input_fold: How many times a layer's input is folded before the product, which divides the multiplications by
