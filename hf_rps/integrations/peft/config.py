@@ -47,8 +47,8 @@ class RPSConfig(RPSSettings, PeftConfig):
         mapping: "fold" (RANDOMFOLD, weights are views, dense speed). "roast" (hashed tiles of 64 weights, ICML 2023)
             and "hash" (a hash per weight, HashedNets, ICML 2015) are slow forms, for comparison. "codebook" is for
             pretrained models: every row of a weight has a few numbers of its own, each weight is one of them, and
-            which is learned (``calibration`` of :func:`hf_rps.get_rps_model`) and stored in ``bits``. The shared array is
-            all the codebooks. Not with PEFT.
+            which is learned (``calibration`` of :func:`hf_rps.get_rps_model`) and stored in ``bits``. The shared array
+            is all the codebooks. Not with PEFT.
         bits: Of a weight's code, 2, 3, 4 (default) or 8, with ``mapping="codebook"``; a codebook has 2**bits numbers.
         group_size: How many weights of a row share a codebook, with ``mapping="codebook"``. None (default): all.
         sign: "row", one hashed sign per output row, which is free; "element", one per weight, the paper's exact form
@@ -74,8 +74,8 @@ class RPSConfig(RPSSettings, PeftConfig):
             sum(scale sign w) / Gamma_j. "rescale": sum(sign w / scale) / sqrt(count_j), which keeps every module's own
             std. Both are exact at ratio 1. False: independent draws from N(0, C**2) of torch's generator. With
             ``mode="delta"`` True is zero and False is draws.
-        modules, fingerprint, learned: The map, recorded in the config of a PEFT adapter when it is made and checked when it is
-            loaded, and in what :func:`hf_rps.get_rps_config` returns. Leave them out.
+        modules, fingerprint, learned: The map, recorded in the config of a PEFT adapter when it is made and checked
+            when it is loaded, and in what :func:`hf_rps.get_rps_config` returns. Leave them out.
 
     Raises:
         ValueError: A field is out of its range; the message names field, value and what is expected.
