@@ -1,6 +1,9 @@
 """Numba's products with codebook matrices against the definition, alone, with many threads, and in forked children."""
 
+import ctypes
+import mmap
 import os
+import sys
 import threading
 
 import pytest
@@ -56,7 +59,8 @@ def check(matrix: CodebookMatrix, tokens: int, with_bias: bool) -> None:
     assert made.equal(weight)
     product = choose(products_of(matrix), x)
     assert isinstance(product, NumbaProduct if tokens <= loaded().FEW_TOKENS else Made)
-    torch.testing.assert_close(product.linear(x, psi, bias), torch.nn.functional.linear(x, weight, bias))
+    expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(product.linear(x, psi, bias).double(), expected, atol=1e-4, rtol=1e-4)
     into, gradient = torch.randn_like(psi), torch.randn_like(weight)
     expected = into.double()
     SharedMatrix.add_adjoint(matrix, expected, gradient.double())
@@ -68,11 +72,11 @@ def check(matrix: CodebookMatrix, tokens: int, with_bias: bool) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_kernels_equal_the_definition(bits, group):
     for i, (rows, cols) in enumerate([(1, 1), (1, 16), (2, 7), (3, 64), (5, 129), (17, 200)]):
-        check(matrix_of(rows, cols, bits, group), tokens=(1, 2, 5, 16)[i % 4], with_bias=bool(i % 2))
+        check(matrix_of(rows, cols, bits, group), tokens=(1, 2, 5, 32)[i % 4], with_bias=bool(i % 2))
 
 
 @given(
-    st.integers(1, 9), st.integers(1, 150), st.sampled_from(BITS), st.integers(1, 160), st.integers(1, 18),
+    st.integers(1, 9), st.integers(1, 150), st.sampled_from(BITS), st.integers(1, 160), st.integers(1, 34),
     st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
@@ -80,17 +84,19 @@ def test_kernels_equal_the_definition_anywhere(rows, cols, bits, group, tokens, 
     check(matrix_of(rows, cols, bits, group, seed), tokens, with_bias)
 
 
-def test_the_last_codes_end_the_memory():
-    """What is read beyond the last codes would be a page that is not there."""
-    import mmap
-
-    for bits in (2, 3, 4):
-        matrix = matrix_of(32, 1024, bits)
-        codes = matrix.codes
-        pages = mmap.mmap(-1, -(-codes.numel() // mmap.PAGESIZE) * mmap.PAGESIZE)
-        memory = torch.frombuffer(pages, dtype=torch.uint8)[-codes.numel() :].view(codes.shape)
-        matrix.keep_in({"codes": memory.copy_(codes)}, {"codes": "codes"})
-        check(matrix, 2, with_bias=False)
+@pytest.mark.skipif(sys.platform != "linux", reason="the page behind the codes is locked by Linux's mprotect")
+@pytest.mark.parametrize("bits", BITS)
+def test_nothing_is_read_beyond_the_last_codes(bits):
+    """Here what comes after them is a page that nobody may read: the process would end."""
+    matrix = matrix_of(32, 1024, bits)
+    codes, page = matrix.codes, mmap.PAGESIZE
+    assert codes.numel() % page == 0
+    pages = torch.frombuffer(mmap.mmap(-1, codes.numel() + page), dtype=torch.uint8)
+    memory = pages[: codes.numel()].view(codes.shape).copy_(codes)
+    behind = ctypes.c_void_p(pages.data_ptr() + codes.numel())
+    assert ctypes.CDLL(None).mprotect(behind, ctypes.c_size_t(page), 0) == 0
+    matrix.keep_in({"codes": memory}, {"codes": "codes"})
+    check(matrix, 2, with_bias=False)
 
 
 @pytest.mark.parametrize("shape", [(20,), (1, 20), (2, 3, 20), (1, 1, 1, 20)])
@@ -135,7 +141,7 @@ def test_half_precision(dtype):
 def test_what_is_left_to_torch():
     matrix = matrix_of(6, 40, 4)
     products = products_of(matrix)
-    for x in (torch.randn(17, 40), torch.randn(2, 40).double(), torch.randn(2, 40, device="meta"), torch.randn(0, 40)):
+    for x in (torch.randn(33, 40), torch.randn(2, 40).double(), torch.randn(2, 40, device="meta"), torch.randn(0, 40)):
         assert isinstance(choose(products, x), Made)
     psi = psi_of(matrix, torch.float64)
     assert FASTER.make(matrix, psi) is None
@@ -147,7 +153,7 @@ def test_what_is_left_to_torch():
     assert seen
 
 
-@pytest.mark.parametrize("tokens", [2, 20])
+@pytest.mark.parametrize("tokens", [2, 40])
 def test_gradients(tokens):
     matrix, buffer = matrix_of(12, 40, 3, 16), Buffer()
     psi, x, bias = psi_of(matrix).requires_grad_(), torch.randn(tokens, 40, requires_grad=True), torch.randn(12)
@@ -163,7 +169,8 @@ def test_a_weight_made_whole_uses_the_kernels(monkeypatch):
     """Convolutions and to_dense make it; also the base and delta of an adapter."""
     matrix, buffer, made = matrix_of(12, 40, 4), Buffer(), []
     psi = psi_of(matrix).requires_grad_()
-    monkeypatch.setattr(loaded(), "make", lambda *args, make=loaded().make: made.append(1) or make(*args))
+    make = loaded().make
+    monkeypatch.setattr(loaded(), "make", lambda *args: made.append(1) or make(*args))
     weight = shared_weight(psi, matrix, buffer)
     assert made
     weight.square().sum().backward()

@@ -6,9 +6,9 @@ Arrays are what :mod:`hf_rps.mappings.codes` has packed, flat, and the codebooks
 entries), float32. Rows are independent in all three, so that ranges of them can be given to different threads; a row is
 summed in one order, however the rows are shared out.
 
-A codebook of up to 16 numbers fits one or two vector registers, where one instruction looks up 16 or 8 codes at a time:
-:func:`_look_up` is written in LLVM's own terms, because no loop over an array is compiled to it. On other processors, for
-8 bits, and at the ends of rows and groups, a code is looked up in memory.
+A codebook of up to 16 numbers fits one or two vector registers, where one instruction looks up 16 or 8 codes at a
+time: :func:`_look_up` is written in LLVM's own terms, because no loop over an array is compiled to it. On other
+processors, for 8 bits, and at the ends of rows and groups, a code is looked up in memory.
 
 Importing this module needs Numba, and compiles the kernels or takes them from Numba's cache. All is in one file because
 that cache notices no change in another.
@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-FEW_TOKENS = 16  # of few_tokens; above, making W for the library's product costs less (docs/design.md)
+FEW_TOKENS = 32  # of few_tokens; above, making W for the library's product costs less (docs/design.md)
 _LANES = 16  # codes that _look_up takes at once
 # sums may be taken in any order, but what is not finite stays so
 _OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract"}, "error_model": "numpy"}

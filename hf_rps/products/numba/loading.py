@@ -18,8 +18,8 @@ DISABLE = "HF_RPS_DISABLE_NUMBA"  # set to 1, it keeps Numba out; read once, at 
 def loaded() -> ModuleType | None:
     """The module of kernels, or None where Numba is not to be used: disabled, not installed, or broken.
 
-    Only the last is worth a warning. Numba is imported here, on first use: it takes a third of a second, and the kernels
-    a few seconds where its cache does not have them.
+    Only the last is worth a warning. Numba is imported here, on first use: it takes a third of a second, and the
+    kernels a few seconds where its cache does not have them.
     """
     if os.environ.get(DISABLE) == "1" or find_spec("numba") is None:
         return None

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-_LEAST = 1 << 19  # weights that a thread must be given: it costs some 50 µs to wake one (docs/design.md)
+_LEAST = 1 << 20  # weights that a thread must be given: to wake one costs up to 60 µs (docs/design.md)
 _RANGES = 4  # for each thread, so that one whose core is taken by others does fewer
 
 Work = Callable[[int, int], None]  # on rows first to stop - 1
