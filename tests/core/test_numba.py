@@ -149,6 +149,8 @@ def test_what_is_left_to_torch():
     seen = []
     torch.compile(lambda x: seen.append(products[0].fits(x)) or x + 1, backend="eager")(torch.randn(2, 40))
     torch.func.vmap(lambda x: seen.append(products[0].fits(x)) or x)(torch.randn(2, 40))
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(products[0].fits(torch.randn(2, 40)))
     assert not any(seen)
     assert seen
 

@@ -19,12 +19,12 @@ DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 def usable(tensor: Tensor) -> bool:
     """True where kernels can be given ``tensor``: an ordinary one on a CPU, and nobody follows what is done with it."""
     return (
-        isinstance(tensor, Tensor)
-        and type(tensor) in (Tensor, torch.nn.Parameter)
+        type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
         and tensor.dtype in DTYPES
         and not torch.compiler.is_compiling()
         and not internals.is_transformed()
+        and not internals.is_forward_mode()
         and loaded() is not None
     )
 
