@@ -2,4 +2,4 @@
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("triton") else ["hf_rps/products/triton/kernels.py"]
+collect_ignore = [f"hf_rps/products/{name}/kernels.py" for name in ("triton", "numba") if not find_spec(name)]

@@ -25,6 +25,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_forward_mode() -> bool:
+    """True inside torch.autograd.forward_ad's levels, where tensors may have tangents, which only torch carries on."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def apply_function(function: type[torch.autograd.Function], *args):
     """``function.apply(*args)`` outside torch.func's transforms, without its search for what they left in ``args``."""
     return super(torch.autograd.Function, function).apply(*args)

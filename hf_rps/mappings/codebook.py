@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping as Tensors
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,19 @@ from hf_rps.mappings.base import Mapping, SharedMatrix, Span
 from hf_rps.mappings.codes import packed_size, unpack
 
 BITS = (2, 3, 4, 8)
+
+
+class Faster(Protocol):
+    """Who can do a codebook matrix's work faster than torch's operations, on some devices and dtypes."""
+
+    def make(self, matrix: CodebookMatrix, psi: Tensor) -> Tensor | None:
+        """W (rows, cols) in psi's dtype, a new contiguous tensor; None where this is not for it."""
+
+    def add_adjoint(self, matrix: CodebookMatrix, into: Tensor, gradient: Tensor) -> bool:
+        """``into`` (m,) += R^T ``gradient`` (rows, cols); False where this is not for it, and nothing was done."""
+
+
+FASTER: list[Faster] = []  # asked in order; :mod:`hf_rps.products` puts them here, which this module must not know
 
 
 class CodebookMatrix(SharedMatrix):
@@ -68,7 +82,16 @@ class CodebookMatrix(SharedMatrix):
     def weight(self, psi: Tensor) -> Tensor:
         return self.books(psi).gather(1, self.places(psi.device))
 
+    def make(self, psi: Tensor, base: Tensor | None = None) -> Tensor:
+        for faster in FASTER:
+            weight = faster.make(self, psi)
+            if weight is not None:
+                return weight if base is None else torch.add(base, weight.to(base.dtype)).contiguous()
+        return super().make(psi, base)
+
     def add_adjoint(self, into: Tensor, gradient: Tensor) -> None:
+        if any(faster.add_adjoint(self, into, gradient) for faster in FASTER):
+            return
         self.books(into).scatter_add_(1, self.places(into.device), gradient.to(into.dtype))
 
     def add_load(self, into: Tensor, factor: float = 1.0) -> None:

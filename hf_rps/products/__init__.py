@@ -4,3 +4,4 @@
 from hf_rps.products import input_fold as input_fold  # isort: skip
 from hf_rps.products import views as views  # isort: skip
 from hf_rps.products import triton as triton  # isort: skip
+from hf_rps.products import numba as numba  # isort: skip

@@ -53,6 +53,13 @@ def test_is_transformed():
     assert not internals.is_transformed()
 
 
+def test_is_forward_mode():
+    assert not internals.is_forward_mode()
+    with torch.autograd.forward_ad.dual_level():
+        assert internals.is_forward_mode()
+    assert not internals.is_forward_mode()
+
+
 def test_active_ddp():
     seen = []
 

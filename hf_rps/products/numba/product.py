@@ -1,0 +1,48 @@
+"""The product of a codebook matrix with few tokens on a CPU, registered to be asked before those of torch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hf_rps import internals
+from hf_rps.mappings.base import SharedMatrix
+from hf_rps.mappings.codebook import CodebookMatrix
+from hf_rps.products.base import Made, Product, register
+from hf_rps.products.numba.loading import loaded
+from hf_rps.products.numba.matrix import few_tokens, usable
+
+
+@register
+class NumbaProduct(Product):
+    """Few tokens: straight from packed codes, in float32 until the end. Many are for :class:`Made`.
+
+    So is the backward pass: making W and adding up its gradient are the matrix's own, and as fast (:mod:`matrix`).
+    HF_RPS_DISABLE_NUMBA=1 keeps it from being chosen.
+    """
+
+    matrix: CodebookMatrix
+
+    def __init__(self, matrix: SharedMatrix):
+        super().__init__(matrix)
+        self._made = Made(matrix)
+
+    @classmethod
+    def accepts(cls, matrix: SharedMatrix) -> bool:
+        return isinstance(matrix, CodebookMatrix)
+
+    def fits(self, x: Tensor) -> bool:
+        return usable(x) and self._is_few(x)
+
+    def _is_few(self, x: Tensor) -> bool:
+        cols = self.matrix.cols
+        return 0 < x.numel() <= loaded().FEW_TOKENS * cols and x.size(-1) == cols
+
+    def linear(self, x: Tensor, psi: Tensor, bias: Tensor | None) -> Tensor:
+        if self.fits(x) and usable(psi) and psi.dtype == x.dtype and (bias is None or usable(bias)):
+            y = few_tokens(self.matrix, self.tokens(x), psi, bias)
+            if y is not None:
+                return y if x.dim() == 2 else internals.reshaped(y, (*x.shape[:-1], self.matrix.rows))
+        return self._made.linear(x, psi, bias)
+
+    def gradients(self, gy: Tensor, x: Tensor, psi: Tensor, needs_x: bool, into: Tensor | None) -> Tensor | None:
+        return self._made.gradients(gy, x, psi, needs_x, into)
