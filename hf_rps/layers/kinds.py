@@ -31,6 +31,7 @@ class LayerKind(ABC):
         parameters: Names of the parameters that are shared. In a map a parameter called "weight" goes by the name of
             its module, any other by its own full name.
         adapters: Whether PEFT adapters can take such layers.
+        multiplies: Whether the layer multiplies the last dimension of its input with the matrix, and nothing else.
         fallback: Chosen by default only in models that have no layer of the other kinds.
     """
 
@@ -38,6 +39,7 @@ class LayerKind(ABC):
     layer: ClassVar[type[RPSLayer]]
     parameters: ClassVar[tuple[str, ...]] = ("weight",)
     adapters: ClassVar[bool] = False
+    multiplies: ClassVar[bool] = False
     fallback: ClassVar[bool] = False
 
     @abstractmethod
@@ -80,7 +82,7 @@ class LayerKind(ABC):
 class TransposedLinear(LayerKind):
     """transformers' Conv1D (GPT-2): a linear layer that stores its weight as (in_features, out_features)."""
 
-    noun, layer, adapters = "linear layers", RPSTransposedLinear, True
+    noun, layer, adapters, multiplies = "linear layers", RPSTransposedLinear, True, True
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, Conv1D)
@@ -127,7 +129,7 @@ class Convolution(LayerKind):
 class Linear(LayerKind):
     """nn.Linear, and layers of any class that compute ``F.linear(x, weight, bias)``."""
 
-    noun, layer, adapters = "linear layers", RPSLinear, True
+    noun, layer, adapters, multiplies = "linear layers", RPSLinear, True, True
 
     def matches(self, module: nn.Module) -> bool:
         if isinstance(module, nn.Linear):

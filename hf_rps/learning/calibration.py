@@ -237,7 +237,8 @@ class Walk:
                     name, candidate = self.by_module[layer]
                     weight = learn(name, candidate, hessians.get(layer))
                     kept[layer] = candidate.stored.data
-                    candidate.stored.data = candidate.kind.stored(weight).to(kept[layer].dtype)
+                    candidate.stored.data = torch.empty_like(kept[layer], memory_format=torch.contiguous_format)
+                    candidate.weight.copy_(weight)  # a view, in which the kind has its matrix
                     bar.update()
             if once:
                 self._keep_outputs(unit)
@@ -246,7 +247,13 @@ class Walk:
                 self.by_module[layer][1].stored.data = weight
 
     def _hessians(self, layers: list[nn.Module], once: bool) -> dict[nn.Module, Tensor]:
-        """Mean of ``x x^T`` over the inputs of all batches, by layer, each input as it counts there."""
+        """Mean of ``x x^T`` over the inputs of all batches, by layer, each input as it counts there.
+
+        None for layers that do more than multiply their input with the matrix (convolutions).
+        """
+        layers = [layer for layer in layers if self.by_module[layer][1].kind.multiplies]
+        if not layers:
+            return {}
         sums: dict[nn.Module, Tensor] = {}
         totals = dict.fromkeys(layers, 0.0)
         inputs: dict[nn.Module, list[Tensor]] = {}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny_models import CASES
+from transformers import ResNetConfig, ResNetForImageClassification
 
 import hf_rps
 from hf_rps import RPSConfig, get_rps_config, get_rps_model, size_report, to_dense
@@ -54,6 +55,20 @@ def test_every_architecture(name, tmp_path):
     to_dense(again)
     for layer_name, weight in weights.items():
         assert torch.equal(again.get_submodule(layer_name).weight, weight)
+
+
+def test_convolutions_learn_from_their_weights(tmp_path):
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=3)
+    torch.manual_seed(0)
+    dense, x = ResNetForImageClassification(config).eval(), torch.randn(2, 3, 32, 32)
+    model = get_rps_model(
+        copy.deepcopy(dense), RPSConfig(mapping="codebook", bits=4), calibration=[{"pixel_values": x}]
+    )
+    assert distance(model, dense, {"pixel_values": x}) < 0.2
+    model.save_pretrained(tmp_path)
+    again = ResNetForImageClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, model(x).logits)
 
 
 @pytest.fixture
