@@ -16,6 +16,26 @@ from hf_rps.products.numba.threads import share_out
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
+class _Memory:
+    """The memory of a contiguous tensor for NumPy, which keeps the tensor alive.
+
+    ``tensor.numpy()`` would mark its storage as one that can't be resized, and FSDP2 frees gathered tensors that way.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        kind = {torch.float32: np.float32, torch.uint8: np.uint8}[tensor.dtype]
+        self.__array_interface__ = {
+            "data": (tensor.data_ptr(), False), "shape": tuple(tensor.shape), "typestr": np.dtype(kind).str,
+            "version": 3,
+        }  # fmt: skip
+
+
+def _view(tensor: Tensor) -> np.ndarray:
+    """A contiguous tensor of float32 or uint8 as an array on the same memory."""
+    return np.asarray(_Memory(tensor.detach()))
+
+
 def usable(tensor: Tensor) -> bool:
     """True where kernels can be given ``tensor``: an ordinary one on a CPU, and nobody follows what is done with it."""
     return (
@@ -35,12 +55,12 @@ def _codes(matrix: CodebookMatrix) -> np.ndarray | None:
     shape = (matrix.rows, packed_size(matrix.cols, matrix.bits))
     if codes.device.type != "cpu" or codes.shape != shape or codes.dtype != torch.uint8 or not codes.is_contiguous():
         return None
-    return codes.detach().numpy().reshape(-1)
+    return _view(codes).reshape(-1)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
     """A contiguous float32 copy, or the memory of ``tensor`` itself where it is that already."""
-    return tensor.detach().to(torch.float32).contiguous().numpy()
+    return _view(tensor.detach().to(torch.float32).contiguous())
 
 
 def _empty(rows: int, cols: int) -> Tensor:
@@ -57,7 +77,7 @@ def few_tokens(matrix: CodebookMatrix, x: Tensor, psi: Tensor, bias: Tensor | No
     if codes is None or kernels is None:
         return None
     books, inputs, y = _array(matrix.books(psi)), _array(x), _empty(x.size(0), matrix.rows)
-    added, out = np.empty(0, np.float32) if bias is None else _array(bias), y.numpy()
+    added, out = np.empty(0, np.float32) if bias is None else _array(bias), _view(y)
 
     def work(first: int, stop: int) -> None:
         kernels.few_tokens(codes, books, inputs, out, added, matrix.bits, matrix.group, first, stop)
@@ -76,7 +96,7 @@ class NumbaKernels:
         if codes is None or kernels is None:
             return None
         books, weight = _array(matrix.books(psi)), _empty(matrix.rows, matrix.cols)
-        out = weight.numpy()
+        out = _view(weight)
 
         def work(first: int, stop: int) -> None:
             kernels.make(codes, books, out, matrix.bits, matrix.group, first, stop)
@@ -92,7 +112,7 @@ class NumbaKernels:
             return False
         books = matrix.books(into.detach())
         part = books if books.dtype == torch.float32 and books.is_contiguous() else _empty(*books.shape).zero_()
-        sums, numbers = part.numpy(), _array(gradient)
+        sums, numbers = _view(part), _array(gradient)
 
         def work(first: int, stop: int) -> None:
             kernels.add_adjoint(codes, sums, numbers, matrix.bits, matrix.group, first, stop)
