@@ -2,8 +2,8 @@
 
 An input of a layer counts the more, the more the model's output depends on what the layer makes of it: by the root of
 the mean square of the gradient there, from one backward pass of the dense model. (SmolLM2-135M at 4 bits: perplexity
-1.10 of dense without, 1.06 to 1.07 with it, 1.07 with the mean square itself.) 'GuidedQuant: large language model quantization
-via exploiting end loss guidance' (ICML 2025) has such weights for groups of rows.
+1.10 of dense without, 1.06 to 1.07 with it, 1.07 with the mean square itself.) 'GuidedQuant: large language model
+quantization via exploiting end loss guidance' (ICML 2025) has such weights for groups of rows.
 
 Layers lie in blocks (those that a number in their name tells). A block that is done is not run again: its outputs are
 kept, and given back in its place, so that each further pass costs the block that is looked at and what joins blocks.
