@@ -239,7 +239,7 @@ class RPSSettings:
             sign=self.sign,
             input_fold=most_input_fold(self.ratio) if self.input_fold == "full" else self.input_fold,
             init_std=self.init_std,
-            options={name: getattr(self, name) for name in MAPPINGS[self.mapping].options if hasattr(self, name)},
+            options={name: getattr(self, name) for name in MAPPINGS[self.mapping].options},
             learned=self.learned if learned is None else learned,
             **(_DELTA_STD if self.mode == "delta" else {}),
         )

@@ -105,9 +105,10 @@ def fit(
             for name, c in chosen.items()
         ]
     check_frozen([*chosen.values()])
+    learned = None
     if config.is_learned:
         _check_smaller(config, targets)
-    learned = LearnedMap(whole or model, chosen, config, batches) if config.is_learned else None
+        learned = LearnedMap(whole or model, chosen, config, batches)
     weight_map = config.weight_map(targets, None if learned is None else learned.digest)
     device = next(iter(chosen.values())).stored.device
     bank = Bank(weight_map, config.grad_scaling, device=device, dtype=array_dtype(chosen.values()))
@@ -122,9 +123,7 @@ def fit(
 
 def _check_smaller(config: RPSSettings, targets: Sequence[Target]) -> None:
     """Raise a ValueError where codebooks alone would hold as many numbers as the weights."""
-    free = copy.copy(config)
-    free.fingerprint = None
-    m, n = free.weight_map(targets).m, sum(target.numel for target in targets)
+    m, n = config.weight_map(targets).m, sum(target.numel for target in targets)
     if m >= n:
         raise ValueError(
             f"bits={config.bits} and group_size={config.group_size} need {m:,} numbers of codebooks, more than the "

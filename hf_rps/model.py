@@ -11,7 +11,7 @@ from hf_rps import conversion
 from hf_rps.config import RPSSettings
 from hf_rps.integrations.peft.config import RPSConfig
 from hf_rps.integrations.transformers import quantization_config, quantizer
-from hf_rps.learning.calibration import batches_of
+from hf_rps.learning.batches import batches_of
 
 
 def get_rps_model(
@@ -25,7 +25,6 @@ def get_rps_model(
             shared array of its own, so that each saves itself. The config of a transformers model is copied before it
             is marked; a model around it keeps the old object.
         config: See :class:`hf_rps.RPSConfig`. One that :func:`get_rps_config` returned gives the same map again.
-
         calibration: For a map that is learned (``mapping="codebook"``): a few thousand tokens of what the model is for,
             as a list of texts or as batches (a DataLoader; dictionaries of arguments, tensors or tuples). The map then
             keeps what the layers compute on them, layer by layer; without it, their weights (k-means). All of them are

@@ -20,8 +20,7 @@ class SizeReport:
         dense_bytes, bytes: Bytes of all parameters, dense and now.
         dense_multiplications, multiplications: Of the targeted weights, dense and now, for one token (one position of a
             convolution): how many numbers they are, unless inputs are folded.
-        shared_bytes: Of the targeted weights, dense.
-        code_bytes: Of the codes of a learned map, which are among ``bytes``, and among no numbers.
+        code_bytes, codebook_bytes: Of learned maps. Codes are among ``bytes``, and among no numbers.
         init_weights: Where the shared array started: "project", "rescale" or False, see :class:`hf_rps.RPSConfig`. None
             where that is not known (a loaded checkpoint) or there is no such array (a dense model).
     """
@@ -35,7 +34,7 @@ class SizeReport:
     dense_multiplications: int = 0
     multiplications: int = 0
     code_bytes: int = 0
-    shared_bytes: int = 0
+    codebook_bytes: int = 0
     init_weights: bool | str | None = None
 
     def __str__(self) -> str:
@@ -49,11 +48,8 @@ class SizeReport:
         lines = [f"{'':<18}{'dense':>16}{'now':>16}{'ratio':>9}"]
         lines += [f"{name:<18}{dense:>16,}{now:>16,}{now / dense if dense else 1:>9.4f}" for name, dense, now in rows]
         if self.code_bytes:
-            books = self.bytes - self.code_bytes - (self.dense_bytes - self.shared_bytes)
-            lines.append(
-                f"{8 * (self.code_bytes + books) / self.n:.2f} bits per weight: {8 * self.code_bytes / self.n:.2f} of "
-                f"codes, {8 * books / self.n:.2f} of codebooks"
-            )
+            codes, books = 8 * self.code_bytes / self.n, 8 * self.codebook_bytes / self.n
+            lines.append(f"{codes + books:.2f} bits per weight: {codes:.2f} of codes, {books:.2f} of codebooks")
         if self.init_weights is not None:
             lines.append(f"init_weights: {self.init_weights}")
         return "\n".join(lines)
@@ -81,11 +77,12 @@ def size_report(model: nn.Module) -> SizeReport:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     n, m = sum(bank.weight_map.n for bank in banks), sum(bank.weight_map.m for bank in banks)
     more = -codes + sum((bank.weight_map.n - bank.weight_map.m) * bank.psi.element_size() for bank in banks)
-    shared = sum(layer.shared.target.numel * layer.weight_dtype.itemsize for layer in layers)
+    learned = [bank for bank in banks if bank.weight_map.learned is not None]
+    books = sum(bank.weight_map.m * bank.psi.element_size() for bank in learned)
     for layer in layers:  # a dense weight may be narrower than the array
         more -= layer.shared.target.numel * (layer.bank.psi.element_size() - layer.weight_dtype.itemsize)
     starts = list(dict.fromkeys(bank.array.started for bank in banks))
     started = starts[0] if len(starts) == 1 else ", ".join(map(str, starts)) or None
     matrices = [layer.shared.matrix for layer in shared_layers(model).values()]
     products = sum(matrix.rows * matrix.cols for matrix in matrices), sum(matrix.multiplications for matrix in matrices)
-    return SizeReport(n, m, parameters - m + n, parameters, size + more, size, *products, codes, shared, started)
+    return SizeReport(n, m, parameters - m + n, parameters, size + more, size, *products, codes, books, started)

@@ -13,7 +13,6 @@ The model is not changed for longer than a block takes: learned weights stand in
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,53 +21,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_rps.layers.kinds import Candidate
+from hf_rps.learning.batches import moved
 from hf_rps.mappings.weight_map import sharing_group
-
-logger = logging.getLogger(__name__)
-
-MOST_TOKENS = 2048  # of one text
 
 
 class _Stop(Exception):
     """Ends a pass in which all is seen that was looked for."""
-
-
-def batches_of(calibration: Any, model: nn.Module, tokenizer: Any = None) -> list:
-    """What the model is to be called with, from a data loader's batches or from texts.
-
-    Args:
-        calibration: An iterable of batches (dictionaries of arguments, tensors or tuples), or of texts.
-        model: Whose config names the tokenizer of the texts, unless ``tokenizer`` is given.
-
-    Raises:
-        ValueError: There is nothing in it, or texts and no tokenizer for them.
-    """
-    if isinstance(calibration, (str, bytes, Mapping, Tensor)):
-        raise ValueError(
-            f"calibration must be a list of texts or of batches (a DataLoader), got one {type(calibration).__name__}"
-        )
-    batches = list(calibration)
-    if not batches:
-        raise ValueError("calibration is empty; give a few thousand tokens, as texts or as batches of a DataLoader")
-    if not isinstance(batches[0], str):
-        return batches
-    if tokenizer is None:
-        tokenizer = _tokenizer_of(model)
-    tokens = [tokenizer(text, truncation=True, max_length=MOST_TOKENS, return_tensors="pt") for text in batches]
-    return [batch for batch in tokens if batch["input_ids"].numel()]
-
-
-def _tokenizer_of(model: nn.Module):
-    from transformers import AutoTokenizer
-
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        raise ValueError(
-            f"calibration holds texts, and no tokenizer is found for this {type(model).__name__} (name {name!r}: "
-            f"{error}). Pass tokenizer=..., or batches of a DataLoader"
-        ) from error
 
 
 class Walk:
@@ -77,7 +35,7 @@ class Walk:
     Args:
         model: In evaluation mode while :meth:`learn` runs.
         candidates: By target, the weights to learn.
-        batches: See :func:`batches_of`.
+        batches: See :func:`hf_rps.learning.batches.batches_of`.
         seed: Of what stands for the model's loss: labels drawn from its own predictions.
     """
 
@@ -85,6 +43,8 @@ class Walk:
         self.model, self.batches, self.seed = model, batches, seed
         self.device = next(iter(candidates.values())).stored.device
         self.by_module = {candidate.module: (name, candidate) for name, candidate in candidates.items()}
+        # of those that do more than that (convolutions) the inputs are not looked at
+        self.multiplying = [c.module for c in candidates.values() if c.kind.multiplies]
         self.units: dict[nn.Module, list[nn.Module]] = {}  # by block, the layers in it
         modules = dict(model.named_modules())
         for candidate in candidates.values():
@@ -100,7 +60,7 @@ class Walk:
 
     def _run(self, batch) -> Any:
         """One pass, up to the end or to where a hook stops it; what the model returns, if it does."""
-        batch = _moved(batch, self.device)
+        batch = moved(batch, self.device)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         self._mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self._calls = {}
@@ -141,11 +101,12 @@ class Walk:
         """Put blocks and layers in the order in which a first pass runs them.
 
         Returns:
-            By layer that ran: how often, and a number that layers with the very same input have in common.
+            By layer: how often it ran, and a number that layers with the very same input have in common.
         """
-        seen: dict[nn.Module, tuple[int, int | None]] = {}
+        seen: dict[nn.Module, tuple[int, int | None]] = dict.fromkeys(self.by_module, (0, None))
         inputs: list[Tensor] = []  # kept, so that none takes another's place in memory
         started: list[nn.Module] = []
+        order: dict[nn.Module, int] = {}
 
         def look(module, args, kwargs):
             if module in self.units and module not in started:
@@ -156,11 +117,11 @@ class Walk:
                 if same is None:
                     same = len(inputs)
                     inputs.append(x)
-                seen[module] = (seen.get(module, (0, None))[0] + 1, same)
+                order.setdefault(module, len(order))
+                seen[module] = (seen[module][0] + 1, same)
 
         with _hooks({*self.units, *self.by_module}, look):
             self._run(self.batches[0])
-        order = {module: i for i, module in enumerate(seen)}
         units = started + [unit for unit in self.units if unit not in started]
         self.units = {unit: sorted(self.units[unit], key=lambda m: order.get(m, len(order))) for unit in units}
         return seen
@@ -168,6 +129,8 @@ class Walk:
     @torch.enable_grad()
     def _find_counts(self) -> None:
         """How much each input of each layer counts, by a backward pass for each batch."""
+        if not self.multiplying:
+            return
         frozen = {p: p.requires_grad for p in self.model.parameters()}
         random = torch.Generator().manual_seed(self.seed)
         found: dict[nn.Module, list[Tensor]] = {}
@@ -191,11 +154,11 @@ class Walk:
                 parameter.requires_grad_(False)
             for batch in self.batches:
                 found.clear()
-                with _hooks(self.by_module, watch, after=True):
+                with _hooks(self.multiplying, watch, after=True):
                     loss = _surrogate(self._run(batch), self._mask, random)
                     if loss is not None and loss.requires_grad:
                         loss.backward()
-                for module in self.by_module:
+                for module in self.multiplying:
                     self._counts.setdefault(module, []).append(torch.cat(found.get(module) or [torch.zeros(0)]).sqrt())
         finally:
             for parameter, requires_grad in frozen.items():
@@ -225,10 +188,10 @@ class Walk:
             self._counts.clear()
 
     def _learn_unit(self, unit, layers, seen, learn, bar) -> None:
-        once = all(seen.get(layer, (0, None))[0] == 1 for layer in layers)
+        once = all(seen[layer][0] == 1 for layer in layers)
         stages: dict[int | None, list[nn.Module]] = {}
         for layer in layers:
-            stages.setdefault(seen.get(layer, (0, None))[1], []).append(layer)
+            stages.setdefault(seen[layer][1], []).append(layer)
         kept: dict[nn.Module, Tensor] = {}  # dense weights of the layers that are learned
         try:
             for stage in stages.values():
@@ -247,11 +210,8 @@ class Walk:
                 self.by_module[layer][1].stored.data = weight
 
     def _hessians(self, layers: list[nn.Module], once: bool) -> dict[nn.Module, Tensor]:
-        """Mean of ``x x^T`` over the inputs of all batches, by layer, each input as it counts there.
-
-        None for layers that do more than multiply their input with the matrix (convolutions).
-        """
-        layers = [layer for layer in layers if self.by_module[layer][1].kind.multiplies]
+        """Mean of ``x x^T`` over the inputs of all batches, by layer that multiplies, each input as it counts there."""
+        layers = [layer for layer in layers if layer in self.multiplying]
         if not layers:
             return {}
         sums: dict[nn.Module, Tensor] = {}
@@ -332,11 +292,3 @@ def _hooks(modules: Iterable[nn.Module], hook: Callable, after: bool = False) ->
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _moved(batch, device: torch.device):
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: _moved(value, device) for name, value in batch.items()}
-    return type(batch)(_moved(value, device) for value in batch) if isinstance(batch, (tuple, list)) else batch

@@ -25,17 +25,11 @@ _AT_ONCE = 1 << 25  # numbers of a temporary array
 
 
 class Learned(NamedTuple):
-    """Codebooks (rows, groups, entries), codes (rows, cols), uint8, and how many columns share a codebook."""
+    """Codebooks (rows, groups, entries), codes (rows, cols), uint8, and the W' (rows, cols) that they stand for."""
 
     books: Tensor
     codes: Tensor
-    group: int
-
-    def weight(self) -> Tensor:
-        """W' (rows, cols)."""
-        cols, entries = self.codes.shape[1], self.books.shape[2]
-        offsets = torch.arange(cols, device=self.codes.device) // self.group * entries
-        return self.books.flatten(1).gather(1, self.codes.to(torch.int64) + offsets)
+    weight: Tensor
 
 
 def damped(hessian: Tensor) -> Tensor:
@@ -44,13 +38,6 @@ def damped(hessian: Tensor) -> Tensor:
     return hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (
         DAMPING * mean if mean > 0 else 1.0
     )
-
-
-def error(weight: Tensor, made: Tensor, hessian: Tensor | None) -> float:
-    """``tr((made - weight) H (made - weight)^T)``."""
-    difference = made - weight
-    product = difference if hessian is None else difference @ hessian
-    return (product * difference).sum().item()
 
 
 class RowCodebooks:
@@ -87,10 +74,7 @@ class RowCodebooks:
 
     def made(self) -> Tensor:
         """W' (rows, cols)."""
-        return self._flat_books().gather(1, self._places())
-
-    def _flat_books(self) -> Tensor:
-        return self.books.flatten(1)
+        return self.books.flatten(1).gather(1, self._places())
 
     def _places(self) -> Tensor:
         """Of every weight, its entry among all those of its row."""
@@ -143,27 +127,22 @@ class RowCodebooks:
                 gradient[:, stop:].addmm_(steps.t(), hessian[start:stop, stop:])
         return changed
 
-    def refit(self, hessian: Tensor | None) -> None:
+    def refit(self, hessian: Tensor) -> None:
         """Set the books to the best ones for the codes: least squares, row by row."""
         places, size = self._places(), self.groups * self.entries
-        if hessian is None:
-            total = self.weight.new_zeros(self.rows, size).scatter_add_(1, places, self.weight)
-            count = self.weight.new_zeros(self.rows, size).scatter_add_(1, places, torch.ones_like(self.weight))
-            books = torch.where(count > 0, total / count.clamp_min(1), self._flat_books())
-        else:
-            right = self.weight.new_zeros(self.rows, size).scatter_add_(1, places, self.weight @ hessian)
-            books = self._flat_books().clone()
-            step = max(1, _AT_ONCE // (self.cols * size))
-            for start in range(0, self.rows, step):
-                rows = slice(start, min(self.rows, start + step))
-                chosen = self.weight.new_zeros(rows.stop - start, self.cols, size)
-                chosen.scatter_(2, places[rows, :, None], 1.0)  # (rows, cols, entries)
-                product = torch.matmul(hessian, chosen)
-                normal = torch.bmm(chosen.transpose(1, 2), product)
-                unused = chosen.sum(1) == 0
-                normal.diagonal(dim1=1, dim2=2).add_(unused + 1e-6 * hessian.diagonal().mean())
-                target = torch.where(unused, books[rows], right[rows] + 1e-6 * hessian.diagonal().mean() * books[rows])
-                books[rows] = torch.linalg.solve(normal, target)
+        right = self.weight.new_zeros(self.rows, size).scatter_add_(1, places, self.weight @ hessian)
+        books = self.books.flatten(1).clone()
+        little = 1e-6 * hessian.diagonal().mean()  # how strongly a book is held where it is
+        step = max(1, _AT_ONCE // (self.cols * size))
+        for start in range(0, self.rows, step):
+            rows = slice(start, min(self.rows, start + step))
+            chosen = self.weight.new_zeros(rows.stop - start, self.cols, size)
+            chosen.scatter_(2, places[rows, :, None], 1.0)  # (rows, cols, entries)
+            normal = torch.bmm(chosen.transpose(1, 2), torch.matmul(hessian, chosen))
+            unused = chosen.sum(1) == 0
+            normal.diagonal(dim1=1, dim2=2).add_(unused + little)
+            target = torch.where(unused, books[rows], right[rows] + little * books[rows])
+            books[rows] = torch.linalg.solve(normal, target)
         self.books = books.view(self.rows, self.groups, self.entries)
         self.sort()
 
@@ -225,4 +204,4 @@ def learn(
             if state.descend(hessian) == 0:
                 break
         state.refit(hessian)
-    return Learned(state.books.to(dtype), state.codes.to(torch.uint8), group)
+    return Learned(state.books.to(dtype), state.codes.to(torch.uint8), state.made().to(dtype))

@@ -49,7 +49,7 @@ class LearnedMap:
     def _learn(self, name: str, candidate: Candidate, hessian: Tensor | None) -> Tensor:
         learned = learn(candidate.weight, self.settings.bits, self.settings.group_size, hessian)
         self.codes[name], self.books[name] = pack(learned.codes, self.settings.bits), learned.books
-        return learned.weight()
+        return learned.weight
 
     @property
     def digest(self) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_rps.layers.kinds import Candidate, kind_of
 from hf_rps.learning.calibration import Walk
-from hf_rps.learning.codebooks import DAMPING, RowCodebooks, damped, error, kmeans, learn
+from hf_rps.learning.codebooks import DAMPING, RowCodebooks, damped, kmeans, learn
 from hf_rps.mappings.base import Span
 from hf_rps.mappings.codebook import BITS, CodebookMatrix
 from hf_rps.mappings.codes import pack, packed_size, unpack
@@ -97,6 +97,11 @@ def test_kmeans_is_where_lloyds_algorithm_ends():
             assert abs(mean - centres[row, i]) < 0.02
 
 
+def error(weight, made, hessian):
+    difference = made - weight
+    return ((difference @ hessian) * difference).sum().item()
+
+
 def correlated(cols, tokens=400):
     x = torch.randn(tokens, cols) @ torch.randn(cols, cols) * torch.linspace(0.2, 2, cols)
     return x.t() @ x / tokens
@@ -142,13 +147,13 @@ def test_learning_without_inputs_and_with():
     torch.manual_seed(3)
     weight = torch.randn(20, 64)
     plain = learn(weight, 3)
-    assert torch.equal(plain.weight(), learn(weight, 3).weight())
+    assert torch.equal(plain.weight, learn(weight, 3).weight)
     hessian = correlated(64)
-    calibrated = learn(weight, 3, None, hessian).weight()
-    assert error(weight, calibrated, hessian) < 0.6 * error(weight, plain.weight(), hessian)
+    calibrated = learn(weight, 3, None, hessian).weight
+    assert error(weight, calibrated, hessian) < 0.6 * error(weight, plain.weight, hessian)
     few = torch.randint(0, 4, (5, 30)).float()
-    assert torch.equal(learn(few, 2).weight(), few)
-    torch.testing.assert_close(learn(few, 2, 8, correlated(30)).weight(), few, rtol=1e-3, atol=1e-3)
+    assert torch.equal(learn(few, 2).weight, few)
+    torch.testing.assert_close(learn(few, 2, 8, correlated(30)).weight, few, rtol=1e-3, atol=1e-3)
     half = learn(weight.bfloat16(), 4, 16)
     assert half.books.dtype == torch.bfloat16
     assert half.books.shape == (20, 4, 16)
@@ -157,8 +162,8 @@ def test_learning_without_inputs_and_with():
 def test_an_input_that_is_never_there():
     hessian = correlated(16)
     hessian[3], hessian[:, 3] = 0, 0
-    assert torch.isfinite(learn(torch.randn(4, 16), 2, None, hessian).weight()).all()
-    assert torch.isfinite(learn(torch.randn(4, 16), 2, None, torch.zeros(16, 16)).weight()).all()
+    assert torch.isfinite(learn(torch.randn(4, 16), 2, None, hessian).weight).all()
+    assert torch.isfinite(learn(torch.randn(4, 16), 2, None, torch.zeros(16, 16)).weight).all()
     assert np.isclose(DAMPING, damped(torch.eye(4))[0, 0] - 1)
 
 
