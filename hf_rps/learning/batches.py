@@ -19,21 +19,20 @@ def batches_of(calibration: Any, model: nn.Module, tokenizer: Any = None) -> lis
         model: Whose config names the tokenizer of the texts, unless ``tokenizer`` is given.
 
     Raises:
-        ValueError: There is nothing in it, or texts and no tokenizer for them.
+        ValueError: There is nothing in it, only texts without a token, or texts and no tokenizer for them.
     """
     if isinstance(calibration, (str, bytes, Mapping, Tensor)):
         raise ValueError(
             f"calibration must be a list of texts or of batches (a DataLoader), got one {type(calibration).__name__}"
         )
     batches = list(calibration)
+    if batches and isinstance(batches[0], str):
+        tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
+        tokens = [tokenizer(text, truncation=True, max_length=MOST_TOKENS, return_tensors="pt") for text in batches]
+        batches = [batch for batch in tokens if batch["input_ids"].numel()]
     if not batches:
         raise ValueError("calibration is empty; give a few thousand tokens, as texts or as batches of a DataLoader")
-    if not isinstance(batches[0], str):
-        return batches
-    if tokenizer is None:
-        tokenizer = _tokenizer_of(model)
-    tokens = [tokenizer(text, truncation=True, max_length=MOST_TOKENS, return_tensors="pt") for text in batches]
-    return [batch for batch in tokens if batch["input_ids"].numel()]
+    return batches
 
 
 def _tokenizer_of(model: nn.Module):

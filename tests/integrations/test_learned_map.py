@@ -175,6 +175,8 @@ def test_texts_need_a_tokenizer(llama, caplog):
     with pytest.raises(ValueError, match="no tokenizer is found"):
         get_rps_model(dense, RPSConfig(**LEARNED), calibration=texts)
     assert not shared_layers(dense)
+    with pytest.raises(ValueError, match="calibration is empty"):  # and not the weights alone, without a word
+        get_rps_model(dense, RPSConfig(**LEARNED), calibration=["", ""], tokenizer=Tokenizer())
     plain = get_rps_model(copy.deepcopy(dense), RPSConfig(**LEARNED))
     model = get_rps_model(copy.deepcopy(dense), RPSConfig(**LEARNED), calibration=texts, tokenizer=Tokenizer())
     batch = Tokenizer()(texts[0], True, 9, "pt")
