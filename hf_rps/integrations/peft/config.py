@@ -51,6 +51,10 @@ class RPSConfig(RPSSettings, PeftConfig):
             is all the codebooks. Not with PEFT.
         bits: Of a weight's code, 2, 3, 4 (default) or 8, with ``mapping="codebook"``; a codebook has 2**bits numbers.
         group_size: How many weights of a row share a codebook, with ``mapping="codebook"``. None (default): all.
+        tile: How many weights side by side share one code, with ``mapping="codebook"``; default 1. More make a codebook
+            one of vectors, which all rows of a matrix read (of ``group_size`` columns), each with a scale of its own,
+            for two bits a weight and fewer: bits=8 and tile=4 take 8 / 4 bits a weight and what codebooks and scales
+            need, and keep more than bits=2 (docs/pretrained.md).
         sign: "row", one hashed sign per output row, which is free; "element", one per weight, the paper's exact form
             and slow; "none".
         input_fold: How many times a layer's input is folded before the product, which divides the multiplications by
