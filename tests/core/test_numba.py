@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("numba")
 
 from hf_rps.mappings.base import SharedMatrix, Span
-from hf_rps.mappings.codebook import BITS, CodebookMatrix
+from hf_rps.mappings.codebook import BITS, CodebookMatrix, CodedMatrix, VectorMatrix, pack_vectors
 from hf_rps.mappings.codes import pack
 from hf_rps.products.autograd import linear_by_definition, shared_linear, shared_weight
 from hf_rps.products.base import Made, choose, products_of
@@ -36,7 +36,17 @@ def matrix_of(rows: int, cols: int, bits: int, group: int | None = None, seed: i
     return matrix
 
 
-def psi_of(matrix: CodebookMatrix, dtype: torch.dtype = torch.float32) -> Tensor:
+def vectors_of(rows: int, cols: int, bits: int, tile: int, group: int | None = None, seed: int = 0) -> VectorMatrix:
+    group = cols if group is None or group * tile >= cols else group * tile
+    matrix = VectorMatrix(Span(0, rows, cols), bits, group, BEFORE, tile)
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (rows, -(-cols // tile)), generator=draw, dtype=torch.uint8)
+    stored = pack_vectors(codes, torch.randn(rows, generator=draw), bits)
+    matrix.keep_in({"codes": torch.nn.Parameter(stored, requires_grad=False)}, {"codes": "codes"})
+    return matrix
+
+
+def psi_of(matrix: CodedMatrix, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(BEFORE + matrix.size + AFTER, dtype=dtype)
 
 
@@ -49,7 +59,7 @@ class Buffer:
         return self.sum
 
 
-def check(matrix: CodebookMatrix, tokens: int, with_bias: bool) -> None:
+def check(matrix: CodedMatrix, tokens: int, with_bias: bool) -> None:
     """All three kernels."""
     psi, x = psi_of(matrix), torch.randn(tokens, matrix.cols)
     bias = torch.randn(matrix.rows) if with_bias else None
@@ -82,6 +92,37 @@ def test_kernels_equal_the_definition(bits, group):
 @settings(max_examples=60, deadline=None)
 def test_kernels_equal_the_definition_anywhere(rows, cols, bits, group, tokens, with_bias, seed):
     check(matrix_of(rows, cols, bits, group, seed), tokens, with_bias)
+
+
+@pytest.mark.parametrize("tile", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
+def test_kernels_of_vectors_equal_the_definition(bits, tile):
+    for i, (rows, cols) in enumerate([(1, 1), (1, 16), (2, 7), (3, 64), (5, 129), (17, 200)]):
+        check(vectors_of(rows, cols, bits, tile, (None, 8)[i % 2]), tokens=(1, 2, 5, 32)[i % 4], with_bias=bool(i % 2))
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 150), st.sampled_from(BITS), st.integers(2, 9), st.integers(1, 40),
+    st.integers(1, 34), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_kernels_of_vectors_equal_the_definition_anywhere(rows, cols, bits, tile, group, tokens, with_bias, seed):
+    check(vectors_of(rows, cols, bits, tile, group, seed), tokens, with_bias)
+
+
+def test_the_adjoint_of_vectors_is_the_same_each_time(monkeypatch):
+    """Rows of all threads add to the same books."""
+    monkeypatch.setattr(threads, "_LEAST", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    matrix, gradient = vectors_of(64, 48, 8, 4), torch.randn(64, 48)
+    found = []
+    for _ in range(20):
+        found.append(torch.zeros(BEFORE + matrix.size))
+        assert FASTER.add_adjoint(matrix, found[-1], gradient)
+    expected = torch.zeros(BEFORE + matrix.size, dtype=torch.float64)
+    SharedMatrix.add_adjoint(matrix, expected, gradient.double())
+    torch.testing.assert_close(found[0].double(), expected, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(each, found[0]) for each in found)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the page behind the codes is locked by Linux's mprotect")
