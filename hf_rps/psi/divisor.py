@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Collection
 
@@ -44,6 +45,14 @@ class Divisor:
         """
         self._pieces = _load_pieces(self._matrices, self.m)
         self._gamma = None if self._pieces else load(self._matrices, self.m)
+
+    def of_scaling(self, scaling: str) -> Divisor:
+        """The divisor of another array of the same map: this one, or one of the same Gamma."""
+        if scaling == self.scaling:
+            return self
+        other = copy.copy(self)
+        other.scaling = scaling
+        return other
 
     def _powered(self) -> list[tuple[int, float]]:
         """(length, divisor) pieces over the m slots."""

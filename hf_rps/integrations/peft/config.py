@@ -115,6 +115,8 @@ class RPSConfig(RPSSettings, PeftConfig):
         modules = [str(target) for target in self.recorded.targets]
         found = self.recorded
         record = {"modules": modules, "fingerprint": found.fingerprint, "init_std": found.init_std}
+        if found.learned is not None:  # the base's map, whatever was left out
+            record |= {"seed": found.seed, "learned": found.learned} | found.options
         return super().to_dict() | record | {"format_version": ADAPTER_FORMAT}
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
