@@ -11,6 +11,7 @@ import copy
 import re
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -166,7 +167,7 @@ def base_bank(model: nn.Module, config: RPSConfig) -> Bank:
         )
     _check_map(what, config, bank.weight_map)
     layers = {name: layer for name, layer in shared_layers(model).items() if layer.bank is bank}
-    _check_saved(model, config)
+    check_saved(model, config)
     _check_choice(model, config, layers)
     if bank.psi.is_meta and config.modules is None:
         raise ValueError(
@@ -227,14 +228,14 @@ def _check_choice(model: nn.Module, config: RPSConfig, layers: dict[str, RPSLaye
         )
 
 
-def _check_saved(model: nn.Module, config: RPSConfig) -> None:
-    """Raise a ValueError where ``modules_to_save`` would copy compressed layers, whose copies had a shared array of
-    their own that nobody saves."""
+def check_saved(model: nn.Module, config: PeftConfig) -> None:
+    """Raise a ValueError where ``modules_to_save`` would copy compressed layers of ``model``: the copies would read a
+    copy of the shared array that nobody saves."""
+    saved = getattr(config, "modules_to_save", None) or ()
     for name, module in model.named_modules(remove_duplicate=False):
-        if any(name.endswith(wanted) for wanted in config.modules_to_save or ()):  # as PEFT matches them
-            for inner in module.modules():
-                if isinstance(inner, RPSLayer):
-                    raise ValueError(
-                        f"modules_to_save={config.modules_to_save!r} matches {name!r}, where {inner.name!r} is "
-                        f"compressed: the adapter trains its codebooks already. Name modules that are dense"
-                    )
+        inner = next((m for m in module.modules() if isinstance(m, RPSLayer)), None)
+        if inner is not None and any(name.endswith(wanted) for wanted in saved):  # as PEFT matches them
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save!r} matches {name!r}, where {inner.name!r} is compressed and "
+                f"has no weight of its own that could be copied. Name modules that are dense"
+            )

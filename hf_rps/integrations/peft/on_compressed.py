@@ -16,7 +16,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from hf_rps.conversion import shared_layers
-from hf_rps.integrations.peft.codebooks import ADAPTER
+from hf_rps.integrations.peft.codebooks import ADAPTER, check_saved
 from hf_rps.integrations.peft.model import RPSModel
 from hf_rps.internals import wrap_method
 from hf_rps.layers.base import RPSLayer
@@ -44,7 +44,7 @@ def _looking_first(inject):
 def check(
     tuner: BaseTuner, model: nn.Module, config: PeftConfig, state_dict: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Refuse ``config`` where it chooses layers of ``model`` that read a shared array.
+    """Refuse ``config`` where it chooses layers of ``model`` that read a shared array, or would save copies of them.
 
     ``state_dict``, where it is given, chooses the layers by its keys instead. Layers of a kind for which the user has
     given LoRA a class are left to it (``LoraConfig._register_custom_module``).
@@ -57,6 +57,7 @@ def check(
     shared = {name: module for name, module in shared.items() if not isinstance(module, custom)}
     if not shared:
         return
+    check_saved(model, config)
     method = getattr(config.peft_type, "value", config.peft_type)
     what = f"{len(shared)} layers of this {type(model).__name__} share one array (get_rps_model)"
     chosen = getattr(config, "target_modules", None)

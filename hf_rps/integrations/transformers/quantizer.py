@@ -241,9 +241,10 @@ def _check_stored(model: nn.Module) -> None:
                 )
             layer._parameters[key] = FrozenParameter(tensor.detach())
     for bank in find_banks(model):
-        stored = [t for matrix in bank.array.matrices.values() for t in matrix.stored().values()]
+        used = [layer.shared.matrix for layer in shared_layers(model).values() if layer.bank is bank]
+        stored = [t for matrix in used for t in matrix.stored().values()]
         if stored and not any(tensor.is_meta for tensor in stored):
-            bank.array.divisor.settle()
+            bank.array.divisor.settle(used)
 
 
 def _is_of_the_saved_class(model: nn.Module) -> bool:
