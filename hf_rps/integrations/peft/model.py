@@ -8,6 +8,8 @@ tensor beside the array in the file names it, so that an adapter never loads ont
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
@@ -217,6 +219,18 @@ class RPSModel(WeightedAdapters, BaseTuner):
             bank.close()
             delattr(model, name)
         return model
+
+    # ---- forward
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names=None, **kwargs):
+        """Refuse what PEFT passes over without a word where a method does not know it."""
+        if adapter_names is not None:
+            raise ValueError(
+                f"got adapter_names={adapter_names!r}, an adapter for every sample, and a batch reads one RPS adapter; "
+                f"choose it by set_adapter, and run the samples of each adapter by themselves"
+            )
+        yield
 
     # ---- state dicts
 
