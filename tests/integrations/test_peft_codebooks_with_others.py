@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_rps import get_rps_config, get_rps_model
+from hf_rps import get_rps_config, get_rps_model, to_dense
 from hf_rps.conversion import find_bank, shared_layers
 
 
@@ -116,6 +116,12 @@ def test_convolutions_and_transformers_own_adapters(tmp_path):
     model.delete_adapter("a")
     model.save_pretrained(tmp_path / "again")  # the base, as there is no adapter left
     equal(ResNetForImageClassification.from_pretrained(tmp_path / "again")(x).logits, expected)
+    get_rps_model(to_dense(model), config(bits=2))  # another base in the same object
+    expected = model(x).logits
+    assert not torch.equal(expected, outputs)
+    model.add_adapter(config(), "a")
+    equal(model(x).logits, expected)
+    assert array(model, "a").shape == find_bank(model).psi.shape
 
 
 def test_what_is_left_out_follows_from_the_base(tmp_path):

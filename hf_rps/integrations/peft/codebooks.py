@@ -233,8 +233,10 @@ def check_saved(model: nn.Module, config: PeftConfig) -> None:
     copy of the shared array that nobody saves."""
     saved = getattr(config, "modules_to_save", None) or ()
     for name, module in model.named_modules(remove_duplicate=False):
+        if not any(name.endswith(wanted) for wanted in saved):  # as PEFT matches them
+            continue
         inner = next((m for m in module.modules() if isinstance(m, RPSLayer)), None)
-        if inner is not None and any(name.endswith(wanted) for wanted in saved):  # as PEFT matches them
+        if inner is not None:
             raise ValueError(
                 f"modules_to_save={config.modules_to_save!r} matches {name!r}, where {inner.name!r} is compressed and "
                 f"has no weight of its own that could be copied. Name modules that are dense"

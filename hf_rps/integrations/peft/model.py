@@ -163,7 +163,7 @@ class RPSModel(WeightedAdapters, BaseTuner):
     def _add_codebooks(self, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         """Make the adapter's array, which the compressed layers read while it is active."""
         bank = getattr(model, ADAPTERS_NAME, None)
-        if bank is None:
+        if bank is None or bank.base is not self._base:  # that of a model that was made dense since, without adapters
             bank = CodebookBank(self._base)
             model.add_module(ADAPTERS_NAME, bank)
             bank.set_adapter(self.active_adapters)
