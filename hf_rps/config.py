@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from hf_rps.mappings.base import Target
 from hf_rps.mappings.codebook import BITS
@@ -171,7 +171,9 @@ class RPSSettings:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             check(isinstance(value, str) and value in choices, name, value, f"one of {list(choices)}")
+        left_out = [f.name for f in fields(RPSSettings) if getattr(self, f.name) == f.default]
         self._fit_to_mapping()
+        self._left_out = {name: getattr(self, name) for name in left_out}
         most = 1 if self.is_learned else most_input_fold(self.ratio)
         if self.input_fold != "full" and self.input_fold > most:
             raise ValueError(
@@ -196,6 +198,10 @@ class RPSSettings:
         """True where the map is learned from the weights, and not drawn from the seed."""
         return MAPPINGS[self.mapping].is_learned
 
+    def is_left_out(self, name: str) -> bool:
+        """True where the field was not given a value of its own: an adapter takes that of its base."""
+        return name in self._left_out and getattr(self, name) == self._left_out[name]
+
     def _fit_to_mapping(self) -> None:
         """Set the defaults that depend on the mapping, and refuse what has no meaning with it."""
         if not self.is_learned:
@@ -215,7 +221,10 @@ class RPSSettings:
             )
         meaningless = {
             "ratio": (None, f"what is stored follows from bits={self.bits} and group_size"),
-            "mode": ("replace", "a learned map stands for weights that are there"),
+            "mode": (
+                "replace",
+                "a learned map stands for weights that are there, and its adapters have codebooks of their own",
+            ),
             "sharing": ("global", "every row has codebooks of its own"),
             "sign": ("row", "its numbers have their signs"),
             "input_fold": (1, "pretrained weights can't be folded without losing them"),

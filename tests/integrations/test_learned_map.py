@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny_models import CASES
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import AutoModel, AutoModelForMaskedLM, ResNetConfig, ResNetForImageClassification
 
 import hf_rps
 from hf_rps import RPSConfig, get_rps_config, get_rps_model, size_report, to_dense
@@ -161,6 +161,22 @@ def test_its_gradient_is_that_of_the_definition(llama, options):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_class_without_some_of_the_layers_trains(tmp_path):
+    """Of the pooler's codebooks, which nobody reads there, the gradient is zero."""
+    case = BY_NAME["bert"]
+    model = get_rps_model(AutoModel.from_config(case.build().config), RPSConfig(**LEARNED))
+    model.save_pretrained(tmp_path)
+    headed = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    names = {layer.name for layer in shared_layers(headed).values()}
+    unused = [t for t in find_bank(headed).weight_map.targets if t.name not in names]
+    assert [target.name for target in unused] == ["pooler.dense"]
+    headed(**case.batch()).logits.square().sum().backward()
+    gradient = find_bank(headed).psi.grad
+    assert gradient.isfinite().all()
+    assert gradient.norm() > 0
+    assert (find_bank(headed).array.matrices["pooler.dense"].books(gradient) == 0).all()
+
+
 @pytest.mark.parametrize("options", [LEARNED, VECTORS])
 def test_a_copy_a_cast_and_the_same_map_again(llama, options):
     dense, batch = llama
@@ -224,8 +240,6 @@ def test_a_config_without_meaning(options, message):
 
 
 def test_refused_before_anything_is_changed(llama):
-    from peft import get_peft_model
-
     dense, batch = llama
     state = copy.deepcopy(dense.state_dict())
     for options, calibration, message in (
@@ -237,8 +251,6 @@ def test_refused_before_anything_is_changed(llama):
     ):
         with pytest.raises(ValueError, match=message):
             get_rps_model(dense, RPSConfig(**options), calibration=calibration)
-    with pytest.raises(ValueError, match="adapters have no learned map"):
-        get_peft_model(dense, RPSConfig(**LEARNED))
     assert not shared_layers(dense)
     assert all(torch.equal(value, state[key]) for key, value in dense.state_dict().items())
 

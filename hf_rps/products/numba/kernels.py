@@ -319,7 +319,7 @@ def _scale(codes, at):
 
 
 def _each_byte(typing, step):
-    """An intrinsic (codes, books, numbers, scale, tile, count) that does ``step`` for each of ``count`` codes of 8 bits.
+    """An intrinsic (codes, books, numbers, scale, tile, count): ``step`` for each of ``count`` codes of 8 bits.
 
     Vectors have 2, 4 or 8 numbers. The first three are addresses; ``numbers`` are the columns of a row.
 
