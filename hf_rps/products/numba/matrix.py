@@ -42,9 +42,7 @@ def usable(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
         and tensor.dtype in DTYPES
-        and not torch.compiler.is_compiling()
-        and not internals.is_transformed()
-        and not internals.is_forward_mode()
+        and not internals.is_followed()
         and loaded() is not None
     )
 
