@@ -1,22 +1,20 @@
 """Numba's products with codebook matrices against the definition, alone, with many threads, and in forked children."""
 
-import ctypes
-import mmap
 import os
 import sys
 import threading
 
 import pytest
 import torch
+from codebook_matrices import BEFORE, keep, lock_behind, matrix_of, psi_of, vectors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("numba")
 
-from hf_rps.mappings.base import SharedMatrix, Span
-from hf_rps.mappings.codebook import BITS, CodebookMatrix, CodedMatrix, VectorMatrix, pack_vectors
-from hf_rps.mappings.codes import pack
+from hf_rps.mappings.base import SharedMatrix
+from hf_rps.mappings.codebook import BITS, CodebookMatrix, CodedMatrix
 from hf_rps.products.autograd import linear_by_definition, shared_linear, shared_weight
 from hf_rps.products.base import Made, choose, products_of
 from hf_rps.products.numba import threads
@@ -25,29 +23,6 @@ from hf_rps.products.numba.matrix import NumbaKernels
 from hf_rps.products.numba.product import NumbaProduct
 
 FASTER = NumbaKernels()
-BEFORE, AFTER = 3, 5  # slots of psi that belong to others
-
-
-def matrix_of(rows: int, cols: int, bits: int, group: int | None = None, seed: int = 0) -> CodebookMatrix:
-    matrix = CodebookMatrix(Span(0, rows, cols), bits, min(group or cols, cols), BEFORE)
-    draw = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 2**bits, (rows, cols), generator=draw, dtype=torch.uint8)
-    matrix.keep_in({"codes": torch.nn.Parameter(pack(codes, bits), requires_grad=False)}, {"codes": "codes"})
-    return matrix
-
-
-def vectors_of(rows: int, cols: int, bits: int, tile: int, group: int | None = None, seed: int = 0) -> VectorMatrix:
-    group = cols if group is None or group * tile >= cols else group * tile
-    matrix = VectorMatrix(Span(0, rows, cols), bits, group, BEFORE, tile)
-    draw = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 2**bits, (rows, -(-cols // tile)), generator=draw, dtype=torch.uint8)
-    stored = pack_vectors(codes, torch.randn(rows, generator=draw), bits)
-    matrix.keep_in({"codes": torch.nn.Parameter(stored, requires_grad=False)}, {"codes": "codes"})
-    return matrix
-
-
-def psi_of(matrix: CodedMatrix, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(BEFORE + matrix.size + AFTER, dtype=dtype)
 
 
 class Buffer:
@@ -130,13 +105,7 @@ def test_the_adjoint_of_vectors_is_the_same_each_time(monkeypatch):
 def test_nothing_is_read_beyond_the_last_codes(bits):
     """Here what comes after them is a page that nobody may read: the process would end."""
     matrix = matrix_of(32, 1024, bits)
-    codes, page = matrix.codes, mmap.PAGESIZE
-    assert codes.numel() % page == 0
-    pages = torch.frombuffer(mmap.mmap(-1, codes.numel() + page), dtype=torch.uint8)
-    memory = pages[: codes.numel()].view(codes.shape).copy_(codes)
-    behind = ctypes.c_void_p(pages.data_ptr() + codes.numel())
-    assert ctypes.CDLL(None).mprotect(behind, ctypes.c_size_t(page), 0) == 0
-    matrix.keep_in({"codes": memory}, {"codes": "codes"})
+    lock_behind(matrix)
     check(matrix, 2, with_bias=False)
 
 
@@ -158,7 +127,7 @@ def test_what_is_not_contiguous():
     SharedMatrix.add_adjoint(matrix, other, gradient)
     torch.testing.assert_close(one, other)
     wide = torch.zeros(6, 2 * matrix.codes.shape[1], dtype=torch.uint8)[:, ::2]
-    matrix.keep_in({"codes": wide}, {"codes": "codes"})
+    keep(matrix, wide)
     assert FASTER.make(matrix, psi) is None
     assert matrix.make(psi).equal(matrix.weight(psi))
 

@@ -41,9 +41,7 @@ def usable(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
         and tensor.dtype in DTYPES
-        and not torch.compiler.is_compiling()
-        and not internals.is_transformed()
-        and not internals.is_forward_mode()
+        and not internals.is_followed()
         and loaded() is not None
     )
 
@@ -52,6 +50,8 @@ def _codes(matrix: CodedMatrix) -> np.ndarray | None:
     """What the matrix stores, flat, where it is as the kernels read it."""
     codes, shape = matrix.codes, (matrix.rows, matrix.row_bytes)
     if codes.device.type != "cpu" or codes.shape != shape or codes.dtype != torch.uint8 or not codes.is_contiguous():
+        return None
+    if not codes.data_ptr():  # a tensor that only stands for others, as a sharded one
         return None
     return _view(codes).reshape(-1)
 
