@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 def register() -> None:
     """Let ``requires_grad_`` of a part with no parameter but shared weights (a Llama's MLP) ask its layers, once per
-    process: torch walks over parameters, finds none, and says nothing."""
+    process: torch walks over parameters, finds none (or only codes), and says nothing."""
     internals.wrap_method(nn.Module, "requires_grad_", _asking_layers)
 
 
 def _asking_layers(original):
     def requires_grad_(self, requires_grad: bool = True):
-        if next(self.parameters(), None) is None:
+        if not any(parameter.is_floating_point() for parameter in self.parameters()):
             for layer in self.modules():
                 if isinstance(layer, RPSLayer) and layer.bank.psi.requires_grad != requires_grad:
                     RPSLayer.requires_grad_(layer, requires_grad)  # raises

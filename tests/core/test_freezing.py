@@ -241,10 +241,13 @@ def test_the_watch_keeps_no_model_alive_and_goes_with_the_compression(compressed
         gc.enable()
 
 
-def test_a_part_without_any_parameter_of_its_own(tiny, ids):
-    """A Llama's MLP: its three weights are all that there is to freeze, and nothing beside them could be a witness."""
-    model = get_rps_model(tiny("llama"), RPSConfig(ratio=0.25))
+@pytest.mark.parametrize("options", [{"ratio": 0.25}, {"mapping": "codebook", "bits": 2}])
+def test_a_part_without_any_parameter_of_its_own(tiny, ids, options):
+    """A Llama's MLP: its three weights are all that there is to freeze, and nothing beside them could be a witness.
 
+    Codes of a learned map are parameters, too, which are frozen as it is.
+    """
+    model = get_rps_model(tiny("llama"), RPSConfig(**options))
     with pytest.raises(RuntimeError, match="exclude_modules"):
         model.model.layers[1].mlp.requires_grad_(False)
     model.model.layers[1].mlp.requires_grad_(True)  # as it is
