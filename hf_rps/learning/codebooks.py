@@ -118,17 +118,18 @@ class RowCodebooks(Codebooks):
     def __init__(self, weight: Tensor, entries: int, group: int, importance: Tensor):
         super().__init__(weight, entries, group)
         self.books = weight.new_empty(self.rows, self.groups, entries)
+        self._middles = weight.new_empty(self.groups, self.rows, entries - 1)  # between the entries, looked up often
         self.codes = weight.new_empty(self.rows, self.cols, dtype=torch.int64)
         self._offsets = torch.arange(self.cols, device=weight.device) // group * entries
         for i, start in enumerate(range(0, self.cols, group)):
             columns = slice(start, min(self.cols, start + group))
             self.books[:, i] = kmeans(weight[:, columns], importance[columns], entries)
+            self._middles[i] = (self.books[:, i, 1:] + self.books[:, i, :-1]) / 2
             self.codes[:, columns] = self.nearest(weight[:, columns], i)
 
     def nearest(self, weight: Tensor, group: int) -> Tensor:
         """Codes of the entries of one group's books that are nearest to ``weight`` (rows, any)."""
-        book = self.books[:, group]
-        return torch.searchsorted(((book[:, 1:] + book[:, :-1]) / 2).contiguous(), weight.contiguous())
+        return torch.searchsorted(self._middles[group], weight.contiguous())
 
     def made(self) -> Tensor:
         return self.books.flatten(1).gather(1, self._places())
@@ -143,6 +144,7 @@ class RowCodebooks(Codebooks):
     def sort(self) -> None:
         """Put the entries of all books in order, and the codes with them."""
         self.books, order = self.books.sort(-1)
+        self._middles = ((self.books[..., 1:] + self.books[..., :-1]) / 2).transpose(0, 1).contiguous()
         entry = torch.arange(self.entries, device=order.device).expand_as(order)
         self.codes = torch.empty_like(order).scatter_(-1, order, entry).flatten(1).gather(1, self._places())
 
