@@ -23,14 +23,16 @@ class VectorCodebooks(Codebooks):
 
     Attributes:
         books: (groups, entries, tile).
-        scales: (rows, 1), float32 numbers that bfloat16 holds: at first the row's root mean square, as columns count.
+        scales: (rows, 1), float32 numbers that bfloat16 holds. At first rows' root mean squares, as columns count, over a
+            power of two that brings them near to one: an optimizer's step on the books is then one on weights.
     """
 
     def __init__(self, weight: Tensor, entries: int, group: int, importance: Tensor, tile: int):
         size = (importance * weight.square()).sum(1, keepdim=True) / importance.sum()
         cols, more = weight.shape[1], -weight.shape[1] % tile
         super().__init__(F.pad(weight, (0, more)), entries, group if group < cols else cols + more, tile)
-        self.scales = _rounded(torch.where(size > 0, size.sqrt(), 1.0))
+        unit = torch.exp2(size[size > 0].sqrt().mean().log2().round()) if bool((size > 0).any()) else 1.0
+        self.scales = _rounded(torch.where(size > 0, size.sqrt() / unit, 1.0))
         vectors = (self.weight / self.scales).unflatten(1, (-1, tile))  # (rows, tiles, tile)
         counted = F.pad(importance, (0, more)).unflatten(0, (-1, tile))
         self.codes = weight.new_empty(vectors.shape[:2], dtype=torch.int64)

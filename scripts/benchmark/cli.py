@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import os
 import shlex
@@ -14,7 +15,7 @@ import torch
 from benchmark import costs, report
 from benchmark.runner import DEFAULT_WORKS, WORKS, Job, measure, subjects
 from benchmark.settings import Settings
-from benchmark.subjects import FORMS, PEERS, missing
+from benchmark.subjects import FORMS, PEERS, QUANTISER_PACKAGES, QUANTISERS, missing
 from hf_rps.config import DEFAULT_BITS
 from hf_rps.mappings.codebook import BITS
 
@@ -55,7 +56,7 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
                       help=f"any of {', '.join(models)}; default: each work's usual")  # fmt: skip
     group.add_argument("--ratios", type=_positive(float, 1), nargs="+", default=[0.1, 0.01],
                       help="stored numbers over weights of the compressed subjects")  # fmt: skip
-    group.add_argument("--forms", nargs="*", choices=FORMS,
+    group.add_argument("--forms", nargs="*", choices=FORMS + QUANTISERS,
                       help="compressed forms (none: peers only), all at every ratio; default: views at every ratio "
                            "and, for stack, folded at every ratio, gather and cat at the first, as are peers, and "
                            "codebook")  # fmt: skip
@@ -126,6 +127,10 @@ def check(cli: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
         reason = missing(peer, path) if path else None
         if reason:
             cli.error(f"--{peer}: {reason}")
+    for form in arguments.forms or ():
+        package = QUANTISER_PACKAGES.get(form)
+        if package and importlib.util.find_spec(package) is None:
+            cli.error(f"--forms {form}: needs the package {package}: pip install {package}")
     if arguments.output and not arguments.output.resolve().parent.is_dir():
         cli.error(f"--output: there is no folder {arguments.output.resolve().parent}")
 

@@ -135,7 +135,7 @@ def tables(rows: Sequence[dict]) -> str:
 
 # ---- plots: what is on the x axis, and how it is read from a row
 _AXES: dict[str, tuple[str, Callable[[dict], float | None]]] = {
-    "ratio": ("stored numbers / weights", lambda row: None if row["form"] == "codebook" else row["ratio"]),
+    "ratio": ("stored numbers / weights", lambda row: None if Subject(row["form"]).has_bits else row["ratio"]),
     "tokens": ("tokens", lambda row: row.get("tokens")),
     "size": ("weights of the targeted layers", lambda row: row.get("n")),
 }

@@ -14,7 +14,7 @@ from benchmark.accounts import memory, reduced
 from benchmark.models import CONVOLUTIONAL, LANGUAGE_MODELS, STACKS
 from benchmark.processes import Worker, WorkerError
 from benchmark.settings import Settings
-from benchmark.subjects import ADAPTERS, DENSE, FORMS, PEERS, Subject
+from benchmark.subjects import ADAPTERS, DENSE, FORMS, PEERS, QUANTISER_BITS, QUANTISERS, Subject
 from benchmark.works import Answer, Case, Request, load, save, timed
 
 MIB = 2**20
@@ -34,8 +34,8 @@ class Work:
 WORKS = {
     "stack": Work("linear layers: forward, forward + backward", tuple(STACKS), ("bert",), default_forms=FORMS),
     "step": Work("a training step: forward, backward, clip, AdamW", default_models=("gpt2", "llama-1b")),
-    "prefill": Work("a prompt into a KV cache"),
-    "decode": Work("one token with a KV cache"),
+    "prefill": Work("a prompt into a KV cache", forms=FORMS + QUANTISERS + PEERS),
+    "decode": Work("one token with a KV cache", forms=FORMS + QUANTISERS + PEERS),
     "load": Work("from_pretrained in a fresh process, and file sizes", forms=("views", "folded", "codebook", "gather")),
     "save": Work("save_pretrained, and file sizes", forms=("views", "folded", "codebook", "gather")),
     "memory": Work("peak of a training step against a formula"),
@@ -65,7 +65,7 @@ def subjects(
     work: str, forms: list[str] | None, ratios: list[float], peers: list[str], bits: Sequence[int] = ()
 ) -> tuple[Subject, ...]:
     """The subjects of ``work``: ``forms`` and ``peers``, as far as it knows them, at all ``ratios``; codebooks, which
-    have none, at all ``bits`` of a code.
+    have none, at all ``bits`` of a code, and the quantisers of others at four.
 
     With ``forms`` None they are the work's default ones, and those other than ours come at the first ratio only: they
     take most of the time, and depend on the ratio little.
@@ -78,9 +78,10 @@ def subjects(
         Subject(form, ratio)
         for ratio in ratios
         for form in known
-        if form != "codebook" and (form in ("views", "folded") or ratio == ratios[0] or forms is not None)
+        if not Subject(form).has_bits and (form in ("views", "folded") or ratio == ratios[0] or forms is not None)
     ]
-    return (*drawn, *(Subject("codebook", number) for number in bits if "codebook" in known))
+    coded = [Subject("codebook", number) for number in bits if "codebook" in known]
+    return (*drawn, *coded, *(Subject(form, QUANTISER_BITS) for form in QUANTISERS if form in known))
 
 
 def measure(job: Job, settings: Settings) -> Iterator[dict]:

@@ -22,10 +22,14 @@ from hf_rps.products.base import Made, always
 from hf_rps.targets import find_targets
 
 FORMS = ("views", "folded", "codebook", "gather", "cat")
+QUANTISERS = ("nf4", "int4")  # of others, for inference
 PEERS = ("fakeroast", "rzlinear")
 # a file that each peer's folder must hold, and the package that its code imports besides torch
 PEER_FILES = {"fakeroast": "FakeRoastUtil_v2.py", "rzlinear": "python/rz_linear/__init__.py"}
 PEER_PACKAGES = {"fakeroast": "mmh3", "rzlinear": "triton"}
+QUANTISER_PACKAGES = {"nf4": "bitsandbytes", "int4": "torchao"}
+QUANTISER_BITS = 4
+INT4_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Subject:
 
     Forms: "dense"; "views" (ours); "folded" (ours, with inputs folded as far as the ratio allows); "codebook" (ours,
     with a learned map, whose ratio is the bits of a code); "gather" (ours with an index and a sign for every weight);
-    "cat" (ours, where every linear layer makes its weight whole and multiplies with it); "fakeroast" and "rzlinear"
+    "cat" (ours, where every linear layer makes its weight whole and multiplies with it); "nf4" (bitsandbytes)
+    and "int4" (torchao's weight-only integers), as those libraries store and multiply them; "fakeroast" and "rzlinear"
     (the authors' code); and the adapters "delta" and "folded-delta" (ours) and "lora", whose ratio is its rank.
     """
 
@@ -45,7 +50,12 @@ class Subject:
     def name(self) -> str:
         if self.form == "dense":
             return self.form
-        return f"{self.form} {self.ratio:g}" + (" bits" if self.form == "codebook" else "")
+        return f"{self.form} {self.ratio:g}" + (" bits" if self.has_bits else "")
+
+    @property
+    def has_bits(self) -> bool:
+        """True where ``ratio`` is the bits of a code."""
+        return self.form == "codebook" or self.form in QUANTISERS
 
 
 DENSE = Subject("dense")
@@ -99,6 +109,8 @@ def build(work: str, name: str, subject: Subject, settings: Settings) -> Built:
         return _adapter(model, n, subject)
     if subject.form == "codebook":
         return _codebook(model, n, int(subject.ratio))
+    if subject.form in QUANTISERS:
+        return _quantised(model, targets, n, subject.form)
     sign, fold = "element" if subject.form == "gather" else "row", "full" if subject.form == "folded" else 1
     config = RPSConfig(ratio=subject.ratio, sign=sign, grad_scaling="norm", input_fold=fold)
     model = get_rps_model(model, config)
@@ -115,6 +127,32 @@ def _codebook(model: nn.Module, n: int, bits: int) -> Built:
     layers = [module for module in model.modules() if isinstance(module, RPSLayer)]
     codes = [tensor for layer in layers for tensor in layer.shared.matrix.stored().values()]
     return Built(model, n, psi.numel(), [psi, *codes], codes, lambda: _kept(model))
+
+
+def _quantised(model: nn.Module, targets: list[Candidate], n: int, form: str) -> Built:
+    """``model`` with the targeted weights in another library's four bits."""
+    _replace_conv1d(model, targets)
+    names = {target.name for target in targets}
+    if form == "nf4":
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        for name in names:
+            linear = model.get_submodule(name)
+            options = {"bias": linear.bias is not None, "quant_type": "nf4", "compute_dtype": linear.weight.dtype}
+            layer = Linear4bit(linear.in_features, linear.out_features, **options)
+            layer.weight = Params4bit(linear.weight.detach().clone(), requires_grad=False, quant_type="nf4")
+            layer.bias = linear.bias
+            model.set_submodule(name, layer.to(linear.weight.device))
+        states = [model.get_submodule(name).weight.quant_state for name in names]
+        kept = [state.absmax for state in states]
+    else:
+        from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+
+        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(INT4_GROUP))
+        quantize_(model, config, filter_fn=lambda _, name: name in names)
+        kept = []
+    stored = [model.get_submodule(name).weight for name in names]
+    return Built(model, n, n, stored, kept=lambda: kept)
 
 
 def _kept(model: nn.Module) -> list[Tensor]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmark.processes import Gauge
 from benchmark.settings import Settings
-from benchmark.subjects import Built, Subject, build
+from benchmark.subjects import QUANTISERS, Built, Subject, build
 
 DECODED_AFTER = 64  # tokens in the cache when one more is decoded
 IMAGES = 8
@@ -194,7 +194,8 @@ def _decoding(built: Built, settings: Settings, batch: int) -> Callable[[], None
 
 
 UNCOUNTED = ("compiled",)  # a counter would keep the compiler away
-OWN_KERNELS = {"cpu": ("codebook",), "cuda": ("codebook", "views")}  # forms whose products torch's counter can't see
+# forms whose products torch's counter can't see
+OWN_KERNELS = {"cpu": ("codebook", *QUANTISERS), "cuda": ("codebook", "views", *QUANTISERS)}
 TIMED = {f.__name__: f for f in (stack, convolution, step, adapter, prefill, decode, compiled)}
 
 
