@@ -23,8 +23,8 @@ class VectorCodebooks(Codebooks):
 
     Attributes:
         books: (groups, entries, tile).
-        scales: (rows, 1), float32 numbers that bfloat16 holds. At first rows' root mean squares, as columns count, over a
-            power of two that brings them near to one: an optimizer's step on the books is then one on weights.
+        scales: (rows, 1), float32 numbers that bfloat16 holds. At first rows' root mean squares, as columns count, over
+            a power of two that brings them near to one: an optimizer's step on the books is then one on weights.
     """
 
     def __init__(self, weight: Tensor, entries: int, group: int, importance: Tensor, tile: int):

@@ -161,6 +161,37 @@ def test_its_gradient_is_that_of_the_definition(llama, options):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def gradient_of(model, batch):
+    model.zero_grad()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    return find_bank(model).psi.grad.clone()
+
+
+@pytest.mark.parametrize("options", [LEARNED, VECTORS])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_it_trains_with_gradient_checkpointing(llama, options, reentrant):
+    dense, batch = llama
+    model = get_rps_model(dense, RPSConfig(**options)).train()
+    expected = gradient_of(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.testing.assert_close(gradient_of(model, batch), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [LEARNED, VECTORS])
+def test_it_trains_in_bfloat16(llama, options):
+    """Under autocast, and as a model in bfloat16: the gradient is the float32 model's, but for rounding."""
+    dense, batch = llama
+    model = get_rps_model(dense, RPSConfig(**options, grad_scaling="norm"))
+    expected = gradient_of(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = gradient_of(model, batch)
+    assert mixed.dtype == torch.float32
+    half = gradient_of(copy.deepcopy(model).to(torch.bfloat16), batch)
+    assert half.dtype == torch.bfloat16
+    for found in (mixed, half.float()):
+        assert (found - expected).norm() < 0.05 * expected.norm()
+
+
 def test_a_class_without_some_of_the_layers_trains(tmp_path):
     """Of the pooler's codebooks, which nobody reads there, the gradient is zero."""
     case = BY_NAME["bert"]
