@@ -18,6 +18,7 @@ from finetuning.calibration import calibration_batches
 from finetuning.files import COMPRESSED, save_folder
 from finetuning.tasks import TASKS, Data
 from hf_rps import RPSConfig, SizeReport, get_rps_model, size_report
+from hf_rps.targets import find_targets
 from studies.methods.magnitude import prune_by_magnitude
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,9 @@ def compress(
     # ---- RPS ends
     elif args.mode == "magnitude":
         prune_by_magnitude(model, args.ratio, config)
+    elif args.mode == "frozen":
+        for target in find_targets(model, config):
+            target.stored.requires_grad_(False)
     return model, size_report(model)
 
 

@@ -103,6 +103,7 @@ GOOD = {
         ({"group_by_length": True}, "group_by_length needs texts that are all there"),
         ({"distill_hidden_states": 1}, "distill_hidden_states=1.0 was given without a teacher; give --teacher"),
         ({"distill_alpha": 2}, "distill_alpha=2.0 is not valid; expected a number from 0 to 1"),
+        ({"mode": "frozen"}, "mode='frozen' keeps weights that are trained; give --model_name_or_path"),
         ({"mode": "magnitude"}, "pruning by magnitude needs trained weights; give --model_name_or_path"),
         ({"bits": 3}, "bits=3 has no meaning with mapping='fold'; it belongs to mapping='codebook'"),
         ({"mapping": "codebook", "ratio": 0.1}, "ratio=0.1 has no meaning with mapping='codebook': what is stored"),

@@ -104,6 +104,17 @@ def test_the_weights_alone_give_another_map(base, finetune, folder):
     assert plain["bits"] == calibrated["bits"] == 3
 
 
+def test_what_is_around_frozen_weights_learns(base, finetune, folder):
+    arguments = {name: value for name, value in base["lm"].items() if name not in SCRATCH}
+    arguments |= {"model_name_or_path": "lm/model", "max_train_steps": 3, "mode": "frozen"}
+    finetune(folder, arguments | {"output_dir": "around"})
+    before, after = weights(folder / "lm" / "model"), weights(folder / "around" / "model")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    shared = {key for key in weights(folder / "lm-taught" / "model") if ".codes_" in key}
+    assert len(shared) == len(same)
+    assert {name.removesuffix(".weight") for name in same} == {key.partition(".codes_")[0] for key in shared}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

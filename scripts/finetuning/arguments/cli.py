@@ -93,6 +93,8 @@ def _check_training(arguments: Arguments) -> None:
     rps, pretrained = arguments.rps, arguments.model.model_name_or_path
     if rps.mode == "magnitude" and not pretrained:
         raise ValueError("pruning by magnitude needs trained weights; give --model_name_or_path")
+    if rps.mode == "frozen" and not pretrained:
+        raise ValueError("mode='frozen' keeps weights that are trained; give --model_name_or_path")
     if rps.mode == "rps" and rps.config(train.optimizer).is_learned and not pretrained:
         raise ValueError(
             f"mapping={rps.mapping!r} is learned from trained weights; give --model_name_or_path, or train from "

@@ -59,8 +59,10 @@ class ModelArguments(CheckedArguments):
 class RPSArguments(CheckedArguments):
     """How far to compress; see hf_rps.RPSConfig."""
 
-    mode: Literal["rps", "dense", "magnitude"] = HfArg(
-        default="rps", help="Share parameters; or the baselines: the dense model, or one pruned by magnitude."
+    mode: Literal["rps", "dense", "magnitude", "frozen"] = HfArg(
+        default="rps",
+        help="Share parameters; or the baselines: the dense model, one pruned by magnitude, or one whose weights stay "
+        "as they are, so that biases, norms and embeddings are trained alone (as around a quantised model).",
     )
     ratio: float | None = HfArg(
         default=None,
