@@ -19,6 +19,7 @@ from hf_rps.targets import find_targets
 from studies import corpus as _corpus
 from studies.encoder import quantised, students
 from studies.encoder import stages as compress_encoder
+from studies.encoder.arguments import Arguments
 
 CONFIG = RPSConfig(exclude_modules=["pooler.dense"])
 
@@ -141,6 +142,11 @@ def test_students_by_name():
     for name in ("codebook", "codebook-5", "nf4-64", "rps-2", "int4-x", "other"):
         with pytest.raises(ValueError, match="is none of nf4, int8"):
             students.Student.parse(name)
+    found = Arguments(learning_rates=["codebook=3e-4", "codebook-2=1e-3"])
+    rates = {name: found.known_rate(students.Student.parse(name)) for name in ("codebook-2", "codebook-3", "nf4")}
+    assert rates == {"codebook-2": 1e-3, "codebook-3": 3e-4, "nf4": None}
+    with pytest.raises(ValueError, match="--learning_rates: 'other' is none of"):
+        Arguments(learning_rates=["other=1"])
 
 
 @pytest.mark.slow

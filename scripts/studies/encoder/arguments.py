@@ -26,7 +26,9 @@ class Arguments:
         default=None, help="Rows of earlier runs (JSON lines) for table and figure, where the output folder has none."
     )
     calibration_samples: int = HfArg(default=600, help="Training texts that codebooks are calibrated on.")
-    steps: int = HfArg(default=3000, help="Optimizer steps of the long runs.")
+    steps: int = HfArg(
+        default=3000, help="Optimizer steps of the long runs; 0: quantised models are judged as they are."
+    )
     learning_rates: list[str] = field(
         default_factory=list,
         metadata={"help": "Known rates, as METHOD=RATE or METHOD-SIZE=RATE; the grid finds the others."},
@@ -49,9 +51,12 @@ class Arguments:
 
     def __post_init__(self):
         self.chosen = [Student.parse(text) for text in self.students]
+        trained = [str(student) for student in self.chosen if not student.is_quantised]
+        if self.steps == 0 and trained:
+            raise ValueError(f"--steps 0 is for quantised models; leave {trained} out of --students, or give steps")
         known = dict(entry.partition("=")[::2] for entry in self.learning_rates)
-        if unknown := sorted(set(known) - {*METHODS, *self.students}):
-            raise ValueError(f"--learning_rates: {unknown} are none of {[*METHODS, *self.students]}; write rps=2e-3")
+        for name in set(known) - set(METHODS):
+            Student.parse(name, "--learning_rates")
         self.known_rates = {name: float(rate) for name, rate in known.items()}
 
     def known_rate(self, student: Student) -> float | None:

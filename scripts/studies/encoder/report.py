@@ -9,6 +9,8 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
+
 from hf_rps.integrations.model_card import write_model_card
 from studies.encoder.arguments import Arguments
 from studies.encoder.scores import SCORES, score
@@ -55,10 +57,10 @@ def draw(rows: list[dict], path: Path) -> None:
             found = sorted((row for row in rows if row["method"] == method), key=lambda row: row["target_bytes"])
             if not found:
                 continue
-            sizes, color = [row["target_bytes"] / 1e6 for row in found], f"C{number}"
-            axis.plot(sizes, [row[key] for row in found], marker="o", color=color, label=name)
-            starts = [row[f"start_{key}"] for row in found]
-            axis.plot(sizes, starts, marker="o", mfc="none", linestyle=":", color=color)
+            trained = [(row["target_bytes"] / 1e6, row[key]) for row in found if key in row] or [(np.nan, np.nan)]
+            starts = [(row["target_bytes"] / 1e6, row[f"start_{key}"]) for row in found]
+            axis.plot(*zip(*trained, strict=True), marker="o", color=f"C{number}", label=name)
+            axis.plot(*zip(*starts, strict=True), marker="o", mfc="none", linestyle=":", color=f"C{number}")
         axis.set(xscale="log", xlabel="MB of the targeted weights", ylabel=f"{SCORES[key]} with the teacher")
         ticks = [size for size in (0.5, 1, 2, 3, 5, 10, 20) if rows[0]["target_bytes"] / 1e6 > size]
         axis.set_xticks(ticks, map(str, ticks))

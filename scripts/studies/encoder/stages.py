@@ -105,6 +105,9 @@ class Study:
     def train(self, run: Run) -> dict | None:
         """Results of a run, which is started, or continued, if it has none; None if it diverged."""
         folder, student = self.folder(run), run.student
+        if run.steps == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            return {"steps": 0}
         log, diverged = (folder.parent / f"{folder.name}.{end}" for end in ("log", "diverged"))
         results = folder / "results.json"
         if not (results.exists() or diverged.exists()):
@@ -146,6 +149,8 @@ class Study:
     def pick_rates(self) -> list[Run]:
         """The long runs, each with the known learning rate or the one of the best short run on the validation split."""
         args = self.arguments
+        if args.steps == 0:
+            return [Run(student, 0.0, 0) for student in args.chosen]
         known = {student: args.known_rate(student) for student in args.chosen}
         rates = {student: args.grid if rate is None else [rate] for student, rate in known.items()}
         short = [Run(student, rate, args.grid_steps) for student in rates if len(rates[student]) > 1
@@ -176,7 +181,7 @@ class Study:
 
     def trained(self, run: Run) -> tuple[nn.Module, dict[str, int]]:
         """The student after training as it is judged, and the bytes that it takes."""
-        folder, student = self.folder(run) / "model", run.student
+        student, folder = run.student, self.folder(run) / "model" if run.steps else self.source(run.student)
         model, file = self.load(folder), sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         if not student.is_quantised:
             return round_codebooks(model), stored_bytes(model, student.method, self.config, file)
@@ -200,13 +205,15 @@ class Study:
 
         def after() -> dict:
             model, sizes = self.trained(run)
-            return sizes | {"bits": 8 * sizes["target_bytes"] / self.weights} | self.judge(model)
+            scores = self.judge(model) if run.steps else {}
+            return sizes | {"bits": 8 * sizes["target_bytes"] / self.weights} | scores
 
         def before() -> dict:
             return {f"start_{name}": value for name, value in self.judge(self.start(run)).items()}
 
         folder, student = self.folder(run), run.student
-        row = {"student": str(student), "method": student.method, "rate": run.rate, "steps": run.steps}
+        row = {"student": str(student), "method": student.method, "steps": run.steps}
+        row |= {"rate": run.rate} if run.steps else {}
         return row | _kept(folder / "evaluation.json", after) | _kept(folder / "start.json", before)
 
     @cached_property

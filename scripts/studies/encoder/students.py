@@ -52,13 +52,13 @@ class Student:
     size: float | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Student:
+    def parse(cls, text: str, flag: str = "--students") -> Student:
         method, dash, size = text.partition("-")
         sized = method in _SIZES
         valid = method in METHODS and bool(dash) == sized and (not sized or _is_size(method, size))
         if not valid:
-            listed = "; ".join(f"{name}-SIZE, {what}" for name, what in _SIZES.items())
-            raise ValueError(f"--students: {text!r} is none of nf4, int8 ({listed})")
+            listed = "; ".join(f"{name}: {what}" for name, what in _SIZES.items())
+            raise ValueError(f"{flag}: {text!r} is none of nf4, int8, METHOD-SIZE ({listed})")
         return cls(method, float(size) if sized else None)
 
     def __str__(self) -> str:
