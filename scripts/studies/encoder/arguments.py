@@ -47,7 +47,7 @@ class Arguments:
     jobs: int = HfArg(default=1, help="Runs side by side, one thread each.")
     name: str = HfArg(default="minilm", help="What files and cards call the model.")
     base_model: str | None = HfArg(default=None, help="The teacher's Hub name, for the cards.")
-    publish: bool = HfArg(default=False, help="Copy the figure to docs/ and the cards to model_cards/.")
+    publish: bool = HfArg(default=False, help="Copy figure and rows to docs/ and the cards to model_cards/.")
 
     def __post_init__(self):
         self.chosen = [Student.parse(text) for text in self.students]

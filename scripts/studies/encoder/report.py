@@ -62,7 +62,8 @@ def draw(rows: list[dict], path: Path) -> None:
             axis.plot(*zip(*trained, strict=True), marker="o", color=f"C{number}", label=name)
             axis.plot(*zip(*starts, strict=True), marker="o", mfc="none", linestyle=":", color=f"C{number}")
         axis.set(xscale="log", xlabel="MB of the targeted weights", ylabel=f"{SCORES[key]} with the teacher")
-        ticks = [size for size in (0.5, 1, 2, 3, 5, 10, 20) if rows[0]["target_bytes"] / 1e6 > size]
+        most, least = (end(row["target_bytes"] for row in rows[1:]) / 1e6 for end in (max, min))
+        ticks = [size for size in (0.5, 1, 2, 3, 5, 10, 20, 50) if 0.8 * least < size < 1.25 * most]
         axis.set_xticks(ticks, map(str, ticks))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
