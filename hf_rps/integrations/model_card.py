@@ -39,7 +39,7 @@ looks for a file that is called so.
 @dataclass(frozen=True)
 class _Compressed:
     """What config.json says about a compressed model; ``unused`` of the n weights are of modules it does not have, and
-    ``bits`` are those of a weight's code, where the map is learned."""
+    ``bits`` are those of a code of ``tile`` weights, where the map is learned."""
 
     architecture: str
     n: int
@@ -47,6 +47,7 @@ class _Compressed:
     count: int
     unused: int
     bits: int | None = None
+    tile: int = 1
 
 
 def write_model_card(
@@ -194,7 +195,8 @@ def _compressed(config: dict) -> _Compressed | None:
         n, m, count = n + bank["n"], m + bank["m"], count + len(targets)
         unused += sum(target.numel for target in targets if target.name in left)
     names = config.get("architectures") or ["A model"]
-    return _Compressed(names[0], n, m, count, unused, _banks(config)[0].get("bits"))
+    first = _banks(config)[0]
+    return _Compressed(names[0], n, m, count, unused, first.get("bits"), first.get("tile", 1))
 
 
 def _banks(config: dict) -> list[dict]:
@@ -275,7 +277,7 @@ def _facts(config: dict, base_model: str | None, teacher: str | None, versions: 
 def _settings(bank: dict) -> tuple[str, ...]:
     """Those fields of the record of a shared array that have a meaning with its mapping."""
     if "bits" in bank:
-        return ("mapping", "bits", "group_size", "grad_scaling")
+        return ("mapping", "bits", "group_size", "tile", "grad_scaling")
     return ("ratio", "seed", "sharing", "mapping", "sign", "grad_scaling")
 
 

@@ -38,6 +38,8 @@ def test_of_a_learned_map(tiny, tmp_path):
     assert "`RPSConfig(mapping='codebook', bits=3, grad_scaling='projection')`" in text
     assert "fine-tunable sketches" in text
     assert "STABLE-RPS" not in text
+    get_rps_model(tiny("llama"), RPSConfig(mapping="codebook", bits=2, tile=2)).save_pretrained(tmp_path)
+    assert "are codes of 2 bits per 2 weights for" in write_model_card(tmp_path).text
 
 
 def snippet(card):

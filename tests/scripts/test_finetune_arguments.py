@@ -106,6 +106,7 @@ GOOD = {
         ({"mode": "frozen"}, "mode='frozen' keeps weights that are trained; give --model_name_or_path"),
         ({"mode": "magnitude"}, "pruning by magnitude needs trained weights; give --model_name_or_path"),
         ({"bits": 3}, "bits=3 has no meaning with mapping='fold'; it belongs to mapping='codebook'"),
+        ({"tile": 2}, "tile=2 has no meaning with mapping='fold'; it belongs to mapping='codebook'"),
         ({"mapping": "codebook", "ratio": 0.1}, "ratio=0.1 has no meaning with mapping='codebook': what is stored"),
         ({"mapping": "codebook", "bits": 5}, r"bits=5 is not valid; expected one of \[2, 3, 4, 8\]"),
         ({"mapping": "codebook", "mode": "magnitude"}, "mapping='codebook' has no meaning with mode='magnitude'"),

@@ -93,6 +93,7 @@ class RPSArguments(CheckedArguments):
     group_size: int | None = HfArg(
         default=None, help="With codebook: weights of a row that share a codebook; default: all of the row."
     )
+    tile: int = HfArg(default=1, help="With codebook: weights side by side that share a code (books of vectors).")
     calibration_samples: int | None = HfArg(
         default=None,
         help=f"With codebook: training samples that it is calibrated on; default: as many as have {TOKENS:,} tokens, "
@@ -137,6 +138,7 @@ class RPSArguments(CheckedArguments):
             mapping=self.mapping,
             bits=self.bits,
             group_size=self.group_size,
+            tile=self.tile,
             sign=self.sign,
             grad_scaling=automatic if self.grad_scaling == "auto" else self.grad_scaling,
         )
