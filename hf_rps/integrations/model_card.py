@@ -38,13 +38,16 @@ looks for a file that is called so.
 
 @dataclass(frozen=True)
 class _Compressed:
-    """What config.json says about a compressed model; ``unused`` of the n weights are of modules it does not have."""
+    """What config.json says about a compressed model; ``unused`` of the n weights are of modules it does not have, and
+    ``bits`` are those of a code of ``tile`` weights, where the map is learned."""
 
     architecture: str
     n: int
     m: int
     count: int
     unused: int
+    bits: int | None = None
+    tile: int = 1
 
 
 def write_model_card(
@@ -192,7 +195,8 @@ def _compressed(config: dict) -> _Compressed | None:
         n, m, count = n + bank["n"], m + bank["m"], count + len(targets)
         unused += sum(target.numel for target in targets if target.name in left)
     names = config.get("architectures") or ["A model"]
-    return _Compressed(names[0], n, m, count, unused)
+    first = _banks(config)[0]
+    return _Compressed(names[0], n, m, count, unused, first.get("bits"), first.get("tile", 1))
 
 
 def _banks(config: dict) -> list[dict]:
@@ -242,30 +246,39 @@ def _sizes(folder: Path, compressed: _Compressed | None) -> list[tuple[str, int,
     files = [file for file in weights_files(folder) if file.is_file()]
     if not files:
         return rows
-    size, total, width = sum(file.stat().st_size for file in files), 0, 0
+    size, total, width, codes = sum(file.stat().st_size for file in files), 0, 0, 0
     for file in files:
         try:
             with safe_open(file, framework="pt") as reader:
                 for key in reader.keys():  # noqa: SIM118 (not a dict)
                     part = reader.get_slice(key)
+                    if compressed and compressed.bits and part.get_dtype() == "U8":  # packed: bytes, and no numbers
+                        codes += math.prod(part.get_shape())
+                        continue
                     total += math.prod(part.get_shape())
                     if is_psi_key(key):
                         width = int(re.search(r"\d+", part.get_dtype())[0]) // 8  # "F32", "BF16": bytes of a number
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is not a complete safetensors file ({error}); save the model again") from error
     added = compressed.n - compressed.unused - compressed.m if compressed else 0
-    return [*rows, ("all numbers", total + added, total), ("bytes of the weights", size + added * width, size)]
+    return [*rows, ("all numbers", total + added, total), ("bytes of the weights", size - codes + added * width, size)]
 
 
 def _facts(config: dict, base_model: str | None, teacher: str | None, versions: Mapping[str, str] | None) -> dict:
     facts = {name: _short(value) for name, value in (("base model", base_model), ("teacher", teacher)) if value}
     if is_compressed(config):
-        fields = ("ratio", "seed", "sharing", "mapping", "sign", "grad_scaling")
-        settings = [", ".join(f"{f}={bank[f]!r}" for f in fields if f in bank) for bank in _banks(config)]
+        settings = [", ".join(f"{f}={bank[f]!r}" for f in _settings(bank) if f in bank) for bank in _banks(config)]
         facts["compression"] = ", ".join(dict.fromkeys(f"`RPSConfig({text})`" for text in settings))
     used = {"hf_rps": __version__, "Python": platform.python_version()}
     used |= {name: version(name) for name in ("torch", "transformers")} | dict(versions or {})
     return facts | {"versions": ", ".join(f"{name} {number}" for name, number in used.items())}
+
+
+def _settings(bank: dict) -> tuple[str, ...]:
+    """Those fields of the record of a shared array that have a meaning with its mapping."""
+    if "bits" in bank:
+        return ("mapping", "bits", "group_size", "tile", "grad_scaling")
+    return ("ratio", "seed", "sharing", "mapping", "sign", "grad_scaling")
 
 
 def _short(name: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+COMPRESSED = "compressed"  # in the output folder: with a learned map, the model before the first step
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -51,6 +52,7 @@ def save_folder(path: Path, save: Callable[[Path], None], main: bool = True, wai
             f"file system of --output_dir"
         )
     save(temporary)
+    wait()  # else a file is flushed here that another process is about to rename
     for file in temporary.rglob("*"):
         if file.is_file():
             _flush(file)

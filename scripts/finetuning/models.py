@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig
 
 from finetuning.arguments.cli import Arguments
 from finetuning.arguments.model import ModelArguments
-from finetuning.tasks import TASKS
-from hf_rps import SizeReport, get_rps_model, size_report
+from finetuning.calibration import calibration_batches
+from finetuning.files import COMPRESSED, save_folder
+from finetuning.tasks import TASKS, Data
+from hf_rps import RPSConfig, SizeReport, get_rps_model, size_report
+from hf_rps.targets import find_targets
 from studies.methods.magnitude import prune_by_magnitude
 
 logger = logging.getLogger(__name__)
@@ -53,21 +58,66 @@ def load_model(args: ModelArguments, task: str, config) -> nn.Module:
     )
 
 
-def compress(model: nn.Module, arguments: Arguments) -> SizeReport:
-    """Turn the dense ``model`` into what ``--mode`` says, in place; returns the report of its sizes."""
-    args = arguments.rps
+def compress(
+    model: nn.Module, arguments: Arguments, data: Data, accelerator: Accelerator, is_resumed: bool
+) -> tuple[nn.Module, SizeReport]:
+    """What ``--mode`` makes of the dense ``model``, mostly in place, and the report of its sizes."""
+    args, name, teacher = arguments.rps, arguments.model.model_name_or_path, arguments.distillation
     compressed = size_report(model).n > 0
     if compressed and args.mode != "rps":
         raise ValueError(
-            f"model_name_or_path={arguments.model.model_name_or_path!r} is compressed and --mode is {args.mode}; give "
+            f"model_name_or_path={name!r} is compressed and --mode is {args.mode}; give "
             f"--mode rps to train it as it is, or decompress it with hf_rps.to_dense first"
         )
+    if compressed and (teacher.teacher, teacher.teacher_revision) == (name, arguments.model.model_revision):
+        raise ValueError(
+            f"model_name_or_path={name!r} is compressed already, so that it has nothing to teach itself; name the "
+            f"dense checkpoint that it was made from with --teacher"
+        )
     # ---- RPS begins
+    config = args.config(arguments.train.optimizer)
     if compressed:
         logger.warning("the checkpoint is compressed already: its own ratio and mapping are kept")
+    elif args.mode == "rps" and config.is_learned:
+        model = _learn(model, config, arguments, data, accelerator, is_resumed)
     elif args.mode == "rps":
-        get_rps_model(model, args.config(arguments.train.optimizer))
+        get_rps_model(model, config)
     # ---- RPS ends
     elif args.mode == "magnitude":
-        prune_by_magnitude(model, args.ratio, args.config(arguments.train.optimizer))
-    return size_report(model)
+        prune_by_magnitude(model, args.ratio, config)
+    elif args.mode == "frozen":
+        for target in find_targets(model, config):
+            target.stored.requires_grad_(False)
+    return model, size_report(model)
+
+
+# ---- RPS, learned
+
+
+def _learn(
+    model: nn.Module, config: RPSConfig, arguments: Arguments, data: Data, accelerator: Accelerator, is_resumed: bool
+) -> nn.Module:
+    """``model`` with a learned map: learned by one process, read from its file by the others and by a resumed run.
+
+    So all have the same codes to the bit, whatever their devices are and however these round.
+    """
+    folder, main = Path(arguments.train.output_dir) / COMPRESSED, accelerator.is_main_process
+
+    def learn(temporary: Path) -> None:
+        if main:
+            batches = calibration_batches(data, arguments.rps.calibration_samples, arguments.train.seed)
+            logger.info(f"learning codebooks on {len(batches)} batches of the training data")
+            get_rps_model(model.to(accelerator.device), config, batches or None)
+            model.cpu().save_pretrained(temporary)
+
+    if not is_resumed:
+        save_folder(folder, learn, main, accelerator.wait_for_everyone)
+        if main:
+            return model
+    elif not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not there, which has the learned map of the run that is to be resumed; put it back, or start "
+            f"anew with another --output_dir"
+        )
+    auto, attention = TASKS[arguments.train.task].auto_class, model.config._attn_implementation
+    return auto.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)

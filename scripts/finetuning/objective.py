@@ -157,13 +157,20 @@ def load_teacher(args: DistillationArguments, task: str, student: nn.Module) -> 
     """The teacher, frozen, in evaluation mode and float32, checked against the student.
 
     Raises:
-        ValueError: Teacher and student do not have the same outputs, or, where hidden states or attention weights are
-            to be learned, not the same hidden size or number of heads.
+        ValueError: The teacher was not trained for the task, or teacher and student do not have the same outputs, or,
+            where hidden states or attention weights are to be learned, not the same hidden size or number of heads.
     """
     options = {"attn_implementation": "eager"} if args.distill_attentions else {}
-    teacher = TASKS[task].auto_class.from_pretrained(
-        args.teacher, revision=args.teacher_revision, dtype=torch.float32, **options
+    teacher, loading = TASKS[task].auto_class.from_pretrained(
+        args.teacher, revision=args.teacher_revision, dtype=torch.float32, output_loading_info=True, **options
     )
+    unused = "pooler" if task == "feature-extraction" else None  # beside the embeddings
+    untrained = [name for name in sorted(loading["missing_keys"]) if unused is None or unused not in name]
+    if untrained:
+        raise ValueError(
+            f"the teacher {args.teacher!r} has no weights for {untrained}, which would be random; take a teacher that "
+            f"was trained for {task}"
+        )
     ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
     same = []
     if task == "feature-extraction" or args.distill_hidden_states:

@@ -82,8 +82,8 @@ def prepare(argv: list[str]) -> Run:
     with accelerator.main_process_first():  # the others then find tokenized data in the cache
         data = prepare_data(arguments, config)
     model = load_model(arguments.model, args.task, config)
-    report = compress(model, arguments)
     objective = _make_objective(arguments, accelerator, model)
+    model, report = compress(model, arguments, data, accelerator, checkpoint is not None)
     use_cache = _prepare_for_training(model, arguments)
     names, reduced = getattr(model.config, "id2label", None), _trained_bytes(model)
     batches = make_batches(arguments, accelerator, data)

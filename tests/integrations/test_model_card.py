@@ -30,6 +30,18 @@ def folder(tiny, tmp_path):
     return tmp_path
 
 
+def test_of_a_learned_map(tiny, tmp_path):
+    """Its bits are there, and nothing that has no meaning for it."""
+    get_rps_model(tiny("llama"), RPSConfig(mapping="codebook", bits=3)).save_pretrained(tmp_path)
+    text = write_model_card(tmp_path).text
+    assert "are codes of 3 bits for" in text
+    assert "`RPSConfig(mapping='codebook', bits=3, grad_scaling='projection')`" in text
+    assert "fine-tunable sketches" in text
+    assert "STABLE-RPS" not in text
+    get_rps_model(tiny("llama"), RPSConfig(mapping="codebook", bits=2, tile=2)).save_pretrained(tmp_path)
+    assert "are codes of 2 bits per 2 weights for" in write_model_card(tmp_path).text
+
+
 def snippet(card):
     return card.text.partition("```python\n")[2].partition("```")[0]
 
@@ -65,11 +77,12 @@ def test_the_first_lines_load_the_model(tiny, tmp_path, kind, auto_class, task):
     assert str(ModelCard.load(tmp_path / "README.md")) == str(card)
 
 
+@pytest.mark.parametrize("options", [{"ratio": 0.1}, {"mapping": "codebook", "bits": 2}], ids=["drawn", "learned"])
 @pytest.mark.parametrize("shard", ["50GB", "20KB"])
-def test_the_sizes_are_those_of_the_files(tiny, tmp_path, shard):
+def test_the_sizes_are_those_of_the_files(tiny, tmp_path, shard, options):
     dense = tiny("llama")
     dense.save_pretrained(tmp_path / "dense")
-    model = get_rps_model(dense, RPSConfig(ratio=0.1))
+    model = get_rps_model(dense, RPSConfig(**options))
     report = size_report(model)
     model.save_pretrained(tmp_path / "small", max_shard_size=shard)
     found = sizes(write_model_card(tmp_path / "small"))

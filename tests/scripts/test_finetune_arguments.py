@@ -103,7 +103,17 @@ GOOD = {
         ({"group_by_length": True}, "group_by_length needs texts that are all there"),
         ({"distill_hidden_states": 1}, "distill_hidden_states=1.0 was given without a teacher; give --teacher"),
         ({"distill_alpha": 2}, "distill_alpha=2.0 is not valid; expected a number from 0 to 1"),
+        ({"mode": "frozen"}, "mode='frozen' keeps weights that are trained; give --model_name_or_path"),
         ({"mode": "magnitude"}, "pruning by magnitude needs trained weights; give --model_name_or_path"),
+        ({"bits": 3}, "bits=3 has no meaning with mapping='fold'; it belongs to mapping='codebook'"),
+        ({"tile": 2}, "tile=2 has no meaning with mapping='fold'; it belongs to mapping='codebook'"),
+        ({"mapping": "codebook", "ratio": 0.1}, "ratio=0.1 has no meaning with mapping='codebook': what is stored"),
+        ({"mapping": "codebook", "bits": 5}, r"bits=5 is not valid; expected one of \[2, 3, 4, 8\]"),
+        ({"mapping": "codebook", "mode": "magnitude"}, "mapping='codebook' has no meaning with mode='magnitude'"),
+        ({"mapping": "codebook"}, "mapping='codebook' is learned from trained weights; give --model_name_or_path"),
+        ({"calibration_samples": 64}, "calibration_samples=64 has no meaning with mapping='fold', which is drawn"),
+        ({"calibration_samples": -1}, "calibration_samples=-1 is not valid; expected 0 or more"),
+        ({"teacher": "itself"}, "a model that is trained from scratch knows nothing to teach; name a trained"),
         ({"predict_with_generate": True}, "predict_with_generate is for --task seq2seq"),
         ({"resume": True, "overwrite_output_dir": True}, "--resume continues what --overwrite_output_dir deletes"),
         ({"save_total_limit": 0}, "save_total_limit=0 is not valid; expected a positive number"),
@@ -143,4 +153,9 @@ def test_flags_and_file_are_read_alike(tmp_path, monkeypatch):
     assert rps.config("sgd").grad_scaling == "projection"
     assert rps.config("adamw").grad_scaling == "norm"
     assert rps.config("adamw").target_modules == ["q_proj", "fc1"]
+    assert (rps.ratio, rps.bits) == (0.1, None)  # defaults that depend on the mapping
+    assert (_arguments.RPSArguments(mapping="codebook").ratio, _arguments.RPSArguments(mapping="codebook").bits) == (
+        None,
+        4,
+    )
     assert _arguments.RPSArguments(target_modules=[r".*\.fc1"]).target_modules == r".*\.fc1"

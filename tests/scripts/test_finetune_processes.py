@@ -8,6 +8,8 @@ from finetune_runs import PYTHON, SCRIPT, flags, history, results, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import hf_rps  # noqa: F401, for from_pretrained
+
 pytest.importorskip("datasets")
 pytest.importorskip("evaluate")
 pytest.importorskip("sklearn")

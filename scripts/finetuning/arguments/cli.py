@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArgumentParser
 from finetuning.arguments.data import DIGITS, FILE_FORMATS, DataArguments
 from finetuning.arguments.model import HubArguments, ModelArguments, RPSArguments
 from finetuning.arguments.parsing import read_mapping
-from finetuning.arguments.training import CheckpointArguments, DistillationArguments, TrainArguments
+from finetuning.arguments.training import ITSELF, CheckpointArguments, DistillationArguments, TrainArguments
 
 
 class Arguments(NamedTuple):
@@ -90,8 +90,34 @@ def _check_training(arguments: Arguments) -> None:
         raise ValueError(f"save_logits needs logits of one size, which {train.task} does not have; leave it out")
     if train.task == "feature-extraction" and not arguments.distillation.teacher:
         raise ValueError("feature-extraction learns the embeddings of a teacher; give --teacher")
-    if arguments.rps.mode == "magnitude" and not arguments.model.model_name_or_path:
+    rps, pretrained = arguments.rps, arguments.model.model_name_or_path
+    if rps.mode == "magnitude" and not pretrained:
         raise ValueError("pruning by magnitude needs trained weights; give --model_name_or_path")
+    if rps.mode == "frozen" and not pretrained:
+        raise ValueError("mode='frozen' keeps weights that are trained; give --model_name_or_path")
+    if rps.mode == "rps" and rps.config(train.optimizer).is_learned and not pretrained:
+        raise ValueError(
+            f"mapping={rps.mapping!r} is learned from trained weights; give --model_name_or_path, or train from "
+            f"scratch with --mapping fold"
+        )
+    _resolve_teacher(arguments.model, arguments.distillation)
+
+
+def _resolve_teacher(model: ModelArguments, distillation: DistillationArguments) -> None:
+    """The name of the teacher that is the model itself."""
+    if distillation.teacher != ITSELF:
+        return
+    if not model.model_name_or_path:
+        raise ValueError(
+            f"teacher={ITSELF!r} without --model_name_or_path: a model that is trained from scratch knows nothing to "
+            f"teach; name a trained --teacher"
+        )
+    if distillation.teacher_revision:
+        raise ValueError(
+            f"teacher_revision={distillation.teacher_revision!r} with teacher={ITSELF!r}, which is that of "
+            f"--model_revision; leave it out, or name the teacher"
+        )
+    distillation.teacher, distillation.teacher_revision = model.model_name_or_path, model.model_revision
 
 
 def _check_hub(arguments: Arguments) -> None:

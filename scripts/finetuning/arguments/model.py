@@ -9,7 +9,10 @@ from transformers.hf_argparser import HfArg
 
 from finetuning.arguments.parsing import CheckedArguments, parse_overrides
 from hf_rps import RPSConfig
+from hf_rps.config import DEFAULT_BITS, DEFAULT_RATIO
+from hf_rps.mappings.codebook import BITS
 
+TOKENS, SAMPLES = 8192, 64  # that a learned map is calibrated on
 _REGEX = set("*+?()[]{}|\\^$")
 
 
@@ -56,11 +59,15 @@ class ModelArguments(CheckedArguments):
 class RPSArguments(CheckedArguments):
     """How far to compress; see hf_rps.RPSConfig."""
 
-    mode: Literal["rps", "dense", "magnitude"] = HfArg(
-        default="rps", help="Share parameters; or the baselines: the dense model, or one pruned by magnitude."
+    mode: Literal["rps", "dense", "magnitude", "frozen"] = HfArg(
+        default="rps",
+        help="Share parameters; or the baselines: the dense model, one pruned by magnitude, or one whose weights stay "
+        "as they are, so that biases, norms and embeddings are trained alone (as around a quantised model).",
     )
-    ratio: float = HfArg(
-        default=0.1, help="Stored numbers over shared weights, in (0, 1]; with magnitude the ratio of their bytes."
+    ratio: float | None = HfArg(
+        default=None,
+        help=f"Stored numbers over shared weights, in (0, 1], default {DEFAULT_RATIO}; with magnitude the ratio of "
+        f"their bytes. A codebook has none.",
     )
     rps_seed: int = HfArg(default=0, help="Seed of the mapping of weights to stored numbers.")
     target_modules: list[str] | str | None = field(
@@ -76,8 +83,21 @@ class RPSArguments(CheckedArguments):
     sharing: Literal["global", "block", "module"] = HfArg(
         default="global", help="What shares one array: the whole model, each block, or each module."
     )
-    mapping: Literal["fold", "roast", "hash"] = HfArg(
-        default="fold", help="RANDOMFOLD; roast and hash are slow forms, for comparison."
+    mapping: Literal["fold", "roast", "hash", "codebook"] = HfArg(
+        default="fold",
+        help="RANDOMFOLD; roast and hash are slow forms, for comparison; codebook is learned from pretrained weights.",
+    )
+    bits: int | None = HfArg(
+        default=None, help=f"With codebook: bits of a weight's code, one of {list(BITS)}; default {DEFAULT_BITS}."
+    )
+    group_size: int | None = HfArg(
+        default=None, help="With codebook: weights of a row that share a codebook; default: all of the row."
+    )
+    tile: int = HfArg(default=1, help="With codebook: weights side by side that share a code (books of vectors).")
+    calibration_samples: int | None = HfArg(
+        default=None,
+        help=f"With codebook: training samples that it is calibrated on; default: as many as have {TOKENS:,} tokens, "
+        f"or {SAMPLES} of what is no text; 0: the weights alone.",
     )
     sign: Literal["row", "element", "none"] = HfArg(
         default="row", help="Random signs: one per row, one per weight (element), or none."
@@ -92,7 +112,19 @@ class RPSArguments(CheckedArguments):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) == 1 and (value[0] == "all-linear" or _REGEX & set(value[0])):
                 setattr(self, name, value[0])
-        self.config("adamw")
+        config = self.config("adamw")
+        self.ratio, self.bits = config.ratio, config.bits  # their defaults depend on the mapping
+        self.require("0 or more", "calibration_samples")
+        if self.calibration_samples is not None and not config.is_learned:
+            raise ValueError(
+                f"calibration_samples={self.calibration_samples} has no meaning with mapping={self.mapping!r}, which "
+                f"is drawn from a seed; leave it out, or give --mapping codebook"
+            )
+        if self.mode == "magnitude" and config.is_learned:
+            raise ValueError(
+                f"mapping={self.mapping!r} has no meaning with mode='magnitude', which prunes; leave it out, and give "
+                f"--ratio"
+            )
 
     def config(self, optimizer: str) -> RPSConfig:
         """The RPSConfig for training with ``optimizer``. Adam-like optimizers want gradients of the usual size."""
@@ -104,6 +136,9 @@ class RPSArguments(CheckedArguments):
             exclude_modules=self.exclude_modules,
             sharing=self.sharing,
             mapping=self.mapping,
+            bits=self.bits,
+            group_size=self.group_size,
+            tile=self.tile,
             sign=self.sign,
             grad_scaling=automatic if self.grad_scaling == "auto" else self.grad_scaling,
         )

@@ -20,6 +20,8 @@ TASKS = (
     "feature-extraction",
 )
 
+ITSELF = "itself"  # as a teacher
+
 
 @dataclass
 class TrainArguments(CheckedArguments):
@@ -122,10 +124,17 @@ class CheckpointArguments(CheckedArguments):
 class DistillationArguments(CheckedArguments):
     """Learn from a teacher. Weights of the terms of the loss; terms of weight 0 cost nothing."""
 
-    teacher: str | None = HfArg(default=None, help="Checkpoint whose outputs the model learns to reproduce.")
+    teacher: str | None = HfArg(
+        default=None,
+        help=f"Checkpoint whose outputs the model learns to reproduce; '{ITSELF}' is the one that --model_name_or_path "
+        f"names, as it is before it is compressed.",
+    )
     teacher_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the teacher.")
     distill_temperature: float = HfArg(default=2.0, help="Temperature of both models' logits.")
-    distill_alpha: float = HfArg(default=0.5, help="Weight of the teacher's logits; the labels have the rest of 1.")
+    distill_alpha: float | None = HfArg(
+        default=None,
+        help=f"Weight of the teacher's logits; the labels have the rest of 1. Default 0.5, of --teacher {ITSELF} 1.",
+    )
     distill_hidden_states: float = HfArg(
         default=0.0, help="Weight of the hidden states' mean squared error; hidden sizes must be equal."
     )
@@ -135,6 +144,8 @@ class DistillationArguments(CheckedArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.distill_alpha is None:
+            self.distill_alpha = 1.0 if self.teacher == ITSELF else 0.5
         self.require("a positive number", "distill_temperature")
         self.require("a number from 0 to 1", "distill_alpha")
         self.require("0 or more", "distill_hidden_states", "distill_attentions")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers.hf_argparser import HfArg
 
-from studies.encoder.students import METHODS, PACKAGE
+from studies.encoder.students import METHODS, PACKAGE, STUDENTS, Student
 
 
 @dataclass
@@ -18,20 +18,24 @@ class Arguments:
     corpus_dir: str | None = HfArg(
         default=None, help="Folder of train.jsonl, validation.jsonl and test.jsonl with a column text; default: made."
     )
-    methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": f"Any of {', '.join(METHODS)}."}
+    students: list[str] = field(
+        default_factory=lambda: list(STUDENTS),
+        metadata={"help": f"Rows to run, as METHOD-SIZE; default: {' '.join(STUDENTS)}."},
     )
-    ratios: list[float] = field(
-        default_factory=lambda: [0.5, 0.25, 0.1],
-        metadata={"help": "Bytes of the targeted weights over the dense ones'."},
+    rows: str | None = HfArg(
+        default=None, help="Rows of earlier runs (JSON lines) for table and figure, where the output folder has none."
     )
-    steps: int = HfArg(default=3000, help="Optimizer steps of the long runs.")
+    calibration_samples: int = HfArg(default=600, help="Training texts that codebooks are calibrated on.")
+    steps: int = HfArg(
+        default=3000, help="Optimizer steps of the long runs; 0: quantised models are judged as they are."
+    )
     learning_rates: list[str] = field(
-        default_factory=list, metadata={"help": "Known rates, as METHOD=RATE; the grid finds the others."}
+        default_factory=list,
+        metadata={"help": "Known rates, as METHOD=RATE or METHOD-SIZE=RATE; the grid finds the others."},
     )
     grid: list[float] = field(
         default_factory=lambda: [2.5e-4, 5e-4, 1e-3, 2e-3],
-        metadata={"help": "Rates to try, for every method and ratio."},
+        metadata={"help": "Rates to try, for every student."},
     )
     grid_steps: int = HfArg(default=200, help="Optimizer steps of the short runs.")
     batch_size: int = HfArg(default=64, help="Texts per step.")
@@ -43,12 +47,18 @@ class Arguments:
     jobs: int = HfArg(default=1, help="Runs side by side, one thread each.")
     name: str = HfArg(default="minilm", help="What files and cards call the model.")
     base_model: str | None = HfArg(default=None, help="The teacher's Hub name, for the cards.")
-    publish: bool = HfArg(default=False, help="Copy the figure to docs/ and the cards to model_cards/.")
+    publish: bool = HfArg(default=False, help="Copy figure and rows to docs/ and the cards to model_cards/.")
 
     def __post_init__(self):
-        if unknown := sorted(set(self.methods) - set(METHODS)):
-            raise ValueError(f"--methods: {unknown} are none of {list(METHODS)}")
+        self.chosen = [Student.parse(text) for text in self.students]
+        trained = [str(student) for student in self.chosen if not student.is_quantised]
+        if self.steps == 0 and trained:
+            raise ValueError(f"--steps 0 is for quantised models; leave {trained} out of --students, or give steps")
         known = dict(entry.partition("=")[::2] for entry in self.learning_rates)
-        if unknown := sorted(set(known) - set(METHODS)):
-            raise ValueError(f"--learning_rates: {unknown} are none of {list(METHODS)}; write rps=2e-3")
-        self.known_rates = {method: float(rate) for method, rate in known.items()}
+        for name in set(known) - set(METHODS):
+            Student.parse(name, "--learning_rates")
+        self.known_rates = {name: float(rate) for name, rate in known.items()}
+
+    def known_rate(self, student: Student) -> float | None:
+        """The rate that was given for ``student``, or for all of its method."""
+        return self.known_rates.get(str(student), self.known_rates.get(student.method))

@@ -12,13 +12,16 @@ from studies.encoder.stages import Study
 
 
 def main() -> None:
-    """Run what is not there yet, and print the table."""
+    """Run what is not there yet, write the report after each run, and print the table."""
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     torch.set_num_threads(arguments.jobs)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     study = Study(arguments)
     study.prepare()
-    runs = study.pick_rates()
-    runs = [run for run, results in study.train_all(runs).items() if results]
-    print(report(study, runs))
+    done, table = [], ""
+    for run, results in study.train_all(study.pick_rates()):
+        if results:
+            done.append(run)
+            table = report(study, done)
+    print(table)

