@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 pytest.importorskip("bitsandbytes")
 from studies.comparison.report import fill
-from studies.language_model import data, report, scores, training, tuning
+from studies.language_model import data, report, rows, scores, training, tuning
 from studies.language_model.arguments import Arguments
 from studies.language_model.rows import Row
 from studies.language_model.runs import Run, Runs
@@ -118,11 +118,28 @@ def test_rounded_weights_are_near_and_few(name, bits):
     assert torch.equal(dense.lm_head.weight, rounded.lm_head.weight)
 
 
+def test_what_a_model_writes_is_drawn_once_and_for_all():
+    dense = model()
+    state = torch.random.get_rng_state()
+    written = rows.written_by(dense, 3, 20)
+    assert written.shape == (3, 20)
+    assert len(written[:, 1:].unique()) > 30
+    assert torch.equal(written, rows.written_by(dense, 3, 20))
+    assert torch.equal(state, torch.random.get_rng_state())
+    mixed, plain = model(), model()
+    documentation = torch.randint(0, 400, (4, 20))
+    for name, compressed in (("mixed", mixed), ("documentation", plain)):
+        Row.parse(f"codebook:bits=2,calibration={name}").apply(compressed, documentation)
+    assert not torch.equal(mixed.model.layers[0].mlp.up_proj.weight + 0, plain.model.layers[0].mlp.up_proj.weight + 0)
+
+
 def test_rows_that_are_none_are_refused():
     with pytest.raises(ValueError, match="none of the methods"):
         Row.parse("gptq:bits=3")
     with pytest.raises(ValueError, match="write name=value"):
         Row.parse("codebook:3")
+    with pytest.raises(ValueError, match="calibration='own'"):
+        Row.parse("codebook:bits=4,calibration=own").apply(model(), torch.zeros(1, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="bits=5"):
         Row.parse("codebook:bits=5").apply(model(), torch.zeros(1, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="--stages"):

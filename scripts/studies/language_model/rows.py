@@ -67,33 +67,57 @@ class Row:
         """The name for a table."""
         return METHODS[self.method].title(**self.options)
 
-    def apply(self, model: nn.Module, calibration: Tensor) -> float:
+    def apply(self, model: nn.Module, documentation: Tensor | None) -> float:
         """Compress ``model`` in place, and say how many bits a targeted weight takes then.
 
         Args:
             model: Dense.
-            calibration: Token ids (sequences, tokens), for maps that are learned.
+            documentation: Token ids (sequences, tokens) on which maps are learned.
         """
-        return METHODS[self.method].apply(model, calibration, **self.options)
+        return METHODS[self.method].apply(model, documentation, **self.options)
 
 
 @dataclass(frozen=True)
 class Method:
-    """``apply(model, calibration, **options)`` returns bits per targeted weight; ``title(**options)`` is for tables."""
+    """``apply(model, documentation, **options)``: bits per targeted weight; ``title(**options)``: the row for readers."""
 
     apply: Callable[..., float]
     title: Callable[..., str]
 
 
-def dense(model: nn.Module, calibration: Tensor) -> float:
+def dense(model: nn.Module, documentation: Tensor) -> float:
     return 32.0
 
 
-def codebook(model: nn.Module, calibration: Tensor, **fields) -> float:
-    """hf_rps's learned maps: ``fields`` are those of RPSConfig."""
-    batches = [{"input_ids": ids} for ids in calibration.split(8)]
-    get_rps_model(model, codebook_config(**fields), calibration=batches)
+def codebook(model: nn.Module, documentation: Tensor, calibration: str = "documentation", **fields) -> float:
+    """hf_rps's learned maps.
+
+    Args:
+        model: Dense.
+        documentation: Token ids (sequences, tokens).
+        calibration: "documentation", or "mixed": half of it, and as much that the model itself writes.
+        fields: Of RPSConfig.
+    """
+    if calibration not in ("documentation", "mixed"):
+        raise ValueError(f"codebook: calibration={calibration!r} is none of documentation, mixed")
+    tokens = documentation
+    if calibration == "mixed":
+        count, length = tokens.shape
+        tokens = torch.cat([tokens[: count // 2], written_by(model, count - count // 2, length)])
+    get_rps_model(model, codebook_config(**fields), calibration=[{"input_ids": ids} for ids in tokens.split(8)])
     return codebook_bits(model)
+
+
+@torch.no_grad()
+def written_by(model: nn.Module, count: int, length: int, seed: int = 0) -> Tensor:
+    """What ``model`` writes if nothing is asked, drawn from its predictions: token ids (count, length)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        start = torch.full((count, 1), model.config.bos_token_id)
+        return model.generate(
+            input_ids=start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+            min_new_tokens=length - 1, max_new_tokens=length - 1,
+        )  # fmt: skip
 
 
 def codebook_config(**fields) -> RPSConfig:
@@ -111,6 +135,7 @@ def codebook_title(**fields) -> str:
     text = f"codebooks, {fields.pop('bits')} bits"
     group = fields.pop("group_size", None)
     text += f", groups of {group}" if group else ""
+    text += f", {fields.pop('calibration')} calibration" if "calibration" in fields else ""
     return text + "".join(f", {name} {value}" for name, value in fields.items())
 
 
@@ -124,7 +149,7 @@ def round_weights(model: nn.Module, rounded: Callable[[Tensor], tuple[Tensor, fl
     return bits / count
 
 
-def bitsandbytes(model: nn.Module, calibration: Tensor, format: str, blocksize: int = 64) -> float:
+def bitsandbytes(model: nn.Module, documentation: Tensor | None, format: str, blocksize: int = 64) -> float:
     """``format`` nf4, fp4 (a float32 scale for each of ``blocksize`` weights) or int8 (a float32 scale per row)."""
     from bitsandbytes import functional
 
@@ -144,7 +169,7 @@ def bitsandbytes_title(format: str, blocksize: int = 64) -> str:
     return "bitsandbytes int8" if format == "int8" else f"bitsandbytes {format.upper()}, blocks of {blocksize}"
 
 
-def torchao(model: nn.Module, calibration: Tensor, bits: int, group_size: int) -> float:
+def torchao(model: nn.Module, documentation: Tensor | None, bits: int, group_size: int) -> float:
     """torchao's weight-only integers, affine in groups of a row: a bfloat16 scale and an int8 zero for each."""
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
     from torchao.quantization.quant_primitives import MappingType
