@@ -79,7 +79,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Method:
-    """``apply(model, documentation, **options)``: bits per targeted weight; ``title(**options)``: the row for readers."""
+    """``apply(model, documentation, **options)``: bits per targeted weight; ``title(**options)``: for tables."""
 
     apply: Callable[..., float]
     title: Callable[..., str]
