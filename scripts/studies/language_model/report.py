@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -91,30 +91,31 @@ def samples_table(runs: Runs) -> str:
 
 
 def finetuned_table(runs: Runs) -> str:
-    """Each method at its best rate: memory, and the perplexity of held-out code before and after."""
+    """Each method at its best rate: memory, and the perplexity of held-out code before and after its longest runs."""
     lines = []
-    for method in TUNED:
+    for method in (method for method in TUNED if runs.of("finetuned", method)):
         found = runs.of("finetuned", method)
-        if not found:
-            continue
+        longest = max((run.steps, run.batch_size) for run in found)
+        found = {run: result for run, result in found.items() if (run.steps, run.batch_size) == longest}
         first = min(run.seed for run in found)
-        tried = {run: result for run, result in found.items() if run.seed == first}
-        best = min(tried, key=lambda run: tried[run]["validation"])
-        there = [result for run, result in found.items() if (run.rate, run.steps) == (best.rate, best.steps)]
+        tried = {run: result["validation"] for run, result in found.items() if run.seed == first}
+        best = min(tried, key=tried.get)
+        there = [result for run, result in found.items() if replace(run, seed=first) == best]
         after = [result["perplexity"] for result in there]
-        result = there[0]
-        spread = f" ± {stdev(after):.2f}" if len(after) > 1 else ""
-        rates = ", ".join(
-            f"{run.rate:g}: {tried[run]['validation']:.2f}" for run in sorted(tried, key=lambda r: r.rate)
-        )
-        lines.append([
-            TITLES[method], f"{result['trained'] / 1e6:.2f}", f"{result['frozen_bytes'] / 1e6:.0f}",
-            f"{result['memory'] / 1e6:.0f}", f"{best.rate:g}", f"{result['before']:.2f}", f"{fmean(after):.2f}{spread}",
-            str(len(after)), f"{fmean(x['documentation'] for x in there):.2f}", rates,
-        ])  # fmt: skip
-    head = ("", "trained, millions", "frozen, MB", "memory, MB", "rate", "before", "after", "seeds",
-            "documentation after", "rates tried: validation")  # fmt: skip
-    return markdown(head, lines)
+        lines.append({
+            "": TITLES[method],
+            "steps × sequences": f"{best.steps} × {best.batch_size}",
+            "trained, millions": f"{there[0]['trained'] / 1e6:.2f}",
+            "frozen, MB": f"{there[0]['frozen_bytes'] / 1e6:.0f}",
+            "memory, MB": f"{there[0]['memory'] / 1e6:.0f}",
+            "rate": f"{best.rate:g}",
+            "before": f"{there[0]['before']:.2f}",
+            "after": f"{fmean(after):.2f}" + (f" ± {stdev(after):.2f}" if len(after) > 1 else ""),
+            "seeds": str(len(after)),
+            "documentation after": f"{fmean(result['documentation'] for result in there):.2f}",
+            "rates tried: validation": ", ".join(f"{run.rate:g}: {score:.2f}" for run, score in tried.items()),
+        })  # fmt: skip
+    return markdown(tuple(lines[0]), [tuple(line.values()) for line in lines])
 
 
 TABLES = {
@@ -228,8 +229,6 @@ def command_line(args: Arguments, run: Run) -> str:
     command = ["python", "scripts/compress_language_model.py", "--model", Path(args.model).name]
     if args.gguf_file:
         command += ["--gguf_file", args.gguf_file]
-    command += ["--stages", "rates", "distilled", "--rows", run.row, "--steps", str(run.steps)]
-    defaults = {f.name: f.default for f in fields(Arguments)}
-    if args.batch_size != defaults["batch_size"]:
-        command += ["--batch_size", str(args.batch_size)]
-    return shlex.join(command)
+    command += ["--stages", "untrained", "rates", "distilled", "--rows", "dense", run.row]
+    command += ["--grid", f"{run.rate:g}", "--steps", str(run.steps)]
+    return shlex.join([*command, "--batch_size", str(run.batch_size)])

@@ -17,6 +17,7 @@ class Run:
         row: A row of the comparison, or a method of fine-tuning.
         steps, rate, seed: Of training.
         variant: What else is not as ever, such as "float32" or "embeddings".
+        batch_size: Sequences of a training step.
     """
 
     stage: str
@@ -25,6 +26,7 @@ class Run:
     rate: float = 0.0
     seed: int = 0
     variant: str = ""
+    batch_size: int = 8
 
     @property
     def key(self) -> str:

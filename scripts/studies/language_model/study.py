@@ -27,6 +27,7 @@ class Study:
         self.arguments, self.output = arguments, Path(arguments.output_dir)
         (self.output / "students").mkdir(parents=True, exist_ok=True)
         self.runs = Runs(self.output / "runs.jsonl")
+        self._before: dict[str, float] = {}
 
     @cached_property
     def tokenizer(self):
@@ -81,8 +82,8 @@ class Study:
 
     def distil(self, run: Run) -> tuple[nn.Module, dict]:
         """Train the model of a row to predict what the dense one does."""
-        args, autocast = self.arguments, run.variant != "float32"
-        ids = batches(self.texts.train, args.batch_size, run.steps)
+        autocast = run.variant != "float32"
+        ids = batches(self.texts.train, run.batch_size, run.steps)
         teacher = self._teacher(ids)
         model, bits = self.compressed(Row(run.row))
         learn(model, embeddings=run.variant == "embeddings")
@@ -97,12 +98,12 @@ class Study:
         return model, {"bits": bits, "trained": trained, "losses": losses, "seconds": seconds}
 
     def _teacher(self, ids: Tensor) -> Tensor:
-        file = self.output / f"teacher-{self.arguments.batch_size}.pt"
-        return teacher_states(self.dense(), ids, file)
+        return teacher_states(self.dense(), ids, self.output / f"teacher-{ids.shape[1]}.pt")
 
     def rate(self, row: Row, rate: float) -> dict:
         variant = "embeddings" if self.arguments.embeddings else ""
-        run = Run("rates", row.name, self.arguments.grid_steps, rate, variant=variant)
+        size = self.arguments.batch_size
+        run = Run("rates", row.name, self.arguments.grid_steps, rate, variant=variant, batch_size=size)
 
         def execute() -> dict:
             model, result = self.distil(run)
@@ -123,7 +124,8 @@ class Study:
         return min(tried, key=tried.get).rate
 
     def distilled(self, row: Row) -> dict:
-        run = Run("distilled", row.name, self.arguments.steps, self.best_rate(row))
+        size = self.arguments.batch_size
+        run = Run("distilled", row.name, self.arguments.steps, self.best_rate(row), batch_size=size)
 
         def execute() -> dict:
             model, result = self.distil(run)
@@ -138,7 +140,8 @@ class Study:
     def arithmetic(self, row: Row, steps: int = 10) -> None:
         """A few steps with products in bfloat16 and the same in float32."""
         for variant in ("bfloat16", "float32"):
-            run = Run("arithmetic", row.name, steps, self.best_rate(row), variant=variant)
+            size = self.arguments.batch_size
+            run = Run("arithmetic", row.name, steps, self.best_rate(row), variant=variant, batch_size=size)
             self.runs(run, lambda run=run: self.distil(run)[1])
 
     def finetuned(self, method: str) -> list[dict]:
@@ -146,7 +149,7 @@ class Study:
         seeds, steps = self.arguments.seeds, self.arguments.finetune_steps
 
         def run(rate: float, seed: int) -> dict:
-            settings = Run("finetuned", method, steps, rate, seed)
+            settings = Run("finetuned", method, steps, rate, seed, batch_size=self.arguments.batch_size)
             return self.runs(settings, lambda: self._finetune(settings))
 
         tried = {rate: run(rate, seeds[0])["validation"] for rate in tuning.TUNED[method]}
@@ -161,17 +164,18 @@ class Study:
         model = compressed
         if run.row != "codebooks":
             model, memory = tuning.prepare(run.row, self.dense(), memory)
-        before = perplexity(model, texts.code_held_out)
-        ids, head = batches(texts.code, self.arguments.batch_size, run.steps, run.seed), frozen_head(model)
+        if run.row not in self._before:  # before training all runs of a method are the same
+            self._before[run.row] = perplexity(model, texts.code_held_out)
+        ids, head = batches(texts.code, run.batch_size, run.steps, run.seed), frozen_head(model)
 
         def loss(hidden: Tensor, step: int) -> Tensor:
             return next_token(hidden, ids[step], head)
 
         losses, seconds = train(model, ids, loss, run.rate)
         round_codebooks(model)
-        found = {f"{name}": perplexity(model, getattr(texts, of)) for name, of in JUDGED.items()}
+        found = {name: perplexity(model, getattr(texts, of)) for name, of in JUDGED.items()}
         sizes = {"memory": memory.bytes, "frozen_bytes": memory.frozen, "trained": memory.trained}
-        return {"before": before, "losses": losses, "seconds": seconds} | found | sizes
+        return {"before": self._before[run.row], "losses": losses, "seconds": seconds} | found | sizes
 
 
 JUDGED = {"validation": "code_validation", "perplexity": "code_held_out", "documentation": "validation"}
