@@ -2,4 +2,7 @@
 
 from importlib.util import find_spec
 
-collect_ignore = [f"hf_rps/products/{name}/kernels.py" for name in ("triton", "numba") if not find_spec(name)]
+KERNELS = {"triton": ("kernels", "codebook_kernels"), "numba": ("kernels",)}
+collect_ignore = [
+    f"hf_rps/products/{name}/{file}.py" for name, files in KERNELS.items() if not find_spec(name) for file in files
+]

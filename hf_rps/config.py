@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from hf_rps.mappings.base import Target
 from hf_rps.mappings.codebook import BITS
@@ -50,6 +50,7 @@ def _is_init_weights(value) -> bool:
 _PATTERNS = "None, a non-empty string or a non-empty list of names"
 DEFAULT_RATIO = 0.1
 DEFAULT_BITS = 4
+MOST_TILE = 16
 _VALID = {
     "ratio": (
         lambda v: v is None or (_is_number(v) and 0 < v <= 1),
@@ -60,6 +61,7 @@ _VALID = {
         lambda v: v is None or (_is_int(v) and v >= 1),
         "None (whole rows) or how many weights of a row share a codebook",
     ),
+    "tile": (lambda v: _is_int(v) and 1 <= v <= MOST_TILE, f"an integer from 1 to {MOST_TILE}, weights with one code"),
     "seed": (_is_int, "an integer"),
     "input_fold": (lambda v: v == "full" or (_is_int(v) and v >= 1), "an integer of at least 1, or 'full'"),
     "target_modules": (_is_patterns, _PATTERNS),
@@ -137,6 +139,10 @@ class RPSSettings:
         default=None,
         metadata={"help": "With mapping='codebook', weights of a row that share a codebook; default: all of the row."},
     )
+    tile: int = field(
+        default=1,
+        metadata={"help": "With mapping='codebook', weights side by side that share a code: books of vectors."},
+    )
     input_fold: int | str = field(
         default=1,
         metadata={"help": "Fold inputs so many times, which divides the multiplications; 'full': as far as it goes."},
@@ -165,7 +171,9 @@ class RPSSettings:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             check(isinstance(value, str) and value in choices, name, value, f"one of {list(choices)}")
+        left_out = [f.name for f in fields(RPSSettings) if getattr(self, f.name) == f.default]
         self._fit_to_mapping()
+        self._left_out = {name: getattr(self, name) for name in left_out}
         most = 1 if self.is_learned else most_input_fold(self.ratio)
         if self.input_fold != "full" and self.input_fold > most:
             raise ValueError(
@@ -190,21 +198,33 @@ class RPSSettings:
         """True where the map is learned from the weights, and not drawn from the seed."""
         return MAPPINGS[self.mapping].is_learned
 
+    def is_left_out(self, name: str) -> bool:
+        """True where the field was not given a value of its own: an adapter takes that of its base."""
+        return name in self._left_out and getattr(self, name) == self._left_out[name]
+
     def _fit_to_mapping(self) -> None:
         """Set the defaults that depend on the mapping, and refuse what has no meaning with it."""
         if not self.is_learned:
             self.ratio = DEFAULT_RATIO if self.ratio is None else self.ratio
-            for name in ("bits", "group_size"):
-                if getattr(self, name) is not None and name not in MAPPINGS[self.mapping].options:
+            for name, default in (("bits", None), ("group_size", None), ("tile", 1)):
+                if getattr(self, name) != default and name not in MAPPINGS[self.mapping].options:
                     raise ValueError(
                         f"RPSConfig: {name}={getattr(self, name)!r} has no meaning with mapping={self.mapping!r}; it "
                         f"belongs to mapping='codebook'"
                     )
             return
         self.bits = DEFAULT_BITS if self.bits is None else self.bits
+        if self.group_size is not None and self.group_size % self.tile:
+            raise ValueError(
+                f"RPSConfig: group_size={self.group_size} is no multiple of tile={self.tile}, whose weights have one "
+                f"code and one codebook; take {max(1, self.group_size // self.tile) * self.tile}"
+            )
         meaningless = {
             "ratio": (None, f"what is stored follows from bits={self.bits} and group_size"),
-            "mode": ("replace", "a learned map stands for weights that are there"),
+            "mode": (
+                "replace",
+                "a learned map stands for weights that are there, and its adapters have codebooks of their own",
+            ),
             "sharing": ("global", "every row has codebooks of its own"),
             "sign": ("row", "its numbers have their signs"),
             "input_fold": (1, "pretrained weights can't be folded without losing them"),

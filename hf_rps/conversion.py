@@ -197,6 +197,11 @@ def revert(model: nn.Module) -> None:
     if not banks:
         raise ValueError(f"this {type(model).__name__} is not compressed by hf_rps: it has no bank")
     for bank in banks:
+        if bank.substitutes is not None and bank.substitutes.names():
+            raise ValueError(
+                f"the layers of this {type(model).__name__} read the codebooks of the adapters "
+                f"{bank.substitutes.names()}; call the PEFT model's merge_and_unload() or unload() first"
+            )
         head = _outer_target(model, bank)
         if head is not None:
             raise ValueError(

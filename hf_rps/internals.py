@@ -30,6 +30,14 @@ def is_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def is_followed() -> bool:
+    """True where a compiler, torch.func or forward-mode differentiation follows each of torch's operations.
+
+    A kernel of our own, which is given addresses, is none of them.
+    """
+    return torch.compiler.is_compiling() or is_transformed() or is_forward_mode()
+
+
 def apply_function(function: type[torch.autograd.Function], *args):
     """``function.apply(*args)`` outside torch.func's transforms, without its search for what they left in ``args``."""
     return super(torch.autograd.Function, function).apply(*args)

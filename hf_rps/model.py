@@ -28,7 +28,8 @@ def get_rps_model(
         calibration: For a map that is learned (``mapping="codebook"``): a few thousand tokens of what the model is for,
             as a list of texts or as batches (a DataLoader; dictionaries of arguments, tensors or tuples). The map then
             keeps what the layers compute on them, layer by layer; without it, their weights (k-means). All of them are
-            read, and the outputs of the blocks are kept meanwhile: tokens x hidden size x blocks numbers.
+            read, and the outputs of the blocks are kept meanwhile: tokens x hidden size x blocks numbers. Such a model,
+            saved, is also the base of adapters: ``peft.get_peft_model(model, RPSConfig(mapping="codebook"))``.
         tokenizer: Of texts; default: that of the model's name or folder.
 
     Returns:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 BANK_NAME = "rps"  # of the bank inside the base model; state-dict keys end in "rps.psi_<digits of a fingerprint>"
+# of the adapters' bank in a model that is compressed itself; PEFT passes by modules whose names begin with "rps_"
+ADAPTERS_NAME = "adapters_rps"
 LEGACY_PSI = "psi"  # what the array was called up to format 2, whatever its map
 _OUTSIDE = "/"  # marks a target outside the base model in a map, whose names are otherwise relative to it
 

@@ -5,12 +5,13 @@
 #     scripts/gpu.sh FOLDER [STEP ...]   # results go to FOLDER: gpu.jsonl (rows of bench.py), products.jsonl, a log per step
 #     DEVICE=cpu scripts/gpu.sh FOLDER   # a rehearsal with tiny models on a machine without a GPU
 #
-# Steps: correctness kernels products decode step stack compiled load; without names all of them, in this order.
+# Steps: correctness codebooks kernels products decode step stack compiled load learned; without names all of them, in
+# this order. Codebooks are the tests of learned maps, learned is their time and memory.
 # It needs torch with CUDA, transformers, accelerate, peft and pytest, and no network; PYTHON names the interpreter.
 set -u
 out=${1:?usage: scripts/gpu.sh FOLDER [STEP ...]}
 shift
-steps=${*:-correctness kernels products decode step stack compiled load}
+steps=${*:-correctness codebooks kernels products decode step stack compiled load learned}
 device=${DEVICE:-cuda} python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -45,14 +46,16 @@ fi
 
 for step in $steps; do
     case $step in
-        correctness) run correctness "${TEST_SECONDS:-200}" "$python" -m pytest -q --maxfail 6 -m gpu tests/gpu tests/core/test_internals.py ;;
-        kernels) run kernels 60 "$python" -m pytest -q -x tests/core/test_triton.py -k random ;;
+        correctness) run correctness "${TEST_SECONDS:-200}" "$python" -m pytest -q --maxfail 6 -m gpu tests/gpu/test_cuda.py tests/core/test_internals.py ;;
+        codebooks) run codebooks "${TEST_SECONDS:-200}" "$python" -m pytest -q --maxfail 6 -m gpu tests/gpu/test_cuda_codebooks.py ;;
+        kernels) run kernels 120 "$python" -m pytest -q -x tests/core/test_triton.py tests/core/test_triton_codebook.py -k "random or precision" ;;
         products) run products 60 "$python" scripts/benchmark/products.py --device "$device" --seconds 45 --output "$out/products.jsonl" ;;
         decode) bench decode 70 --only decode prefill --models $small $large --batches 1 8 ;;
         step) bench step 70 --only step --models $small $large --step-tokens 16 512 ;;
         # shellcheck disable=SC2086
         stack) bench stack 70 --only stack --models $stacks --tokens 1 512 2048 ;;
         compiled) bench compiled 120 --only compiled --models $small --ratios 0.1 ;;
+        learned) bench learned 120 --only decode prefill step --models $small $large --batches 1 8 --step-tokens 16 512 --forms codebook ;;
         load) bench load 40 --only load memory --models $small --ratios 0.1 ;;
         *) echo "unknown step $step" >&2 ;;
     esac

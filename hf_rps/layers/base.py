@@ -111,7 +111,7 @@ class RPSLayer(nn.Module):
 
     @property
     def bank(self) -> Bank:
-        return self.shared.source
+        return self.shared.owner
 
     def as_stored(self, weight: Tensor) -> Tensor:
         """The matrix W (out_features, in_features) in the form in which the dense layer stores it."""
@@ -150,7 +150,9 @@ class RPSLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight for code that reads it directly; its numbers are made only when they are used."""
-        return WeightStandIn.of(self.dense_weight, self.weight_shape, like=self.bank.psi, dtype=self.weight_dtype)
+        return WeightStandIn.of(
+            self.dense_weight, self.weight_shape, like=self.shared.source.psi, dtype=self.weight_dtype
+        )
 
     @weight.setter
     def weight(self, value) -> None:
@@ -176,7 +178,7 @@ class RPSLayer(nn.Module):
         Raises:
             RuntimeError: psi is trained and the layer was to be frozen, or the other way round.
         """
-        trained = self.bank.psi.requires_grad
+        trained = self.shared.source.psi.requires_grad
         if trained and not requires_grad:
             raise RuntimeError(
                 f"can't freeze {self.name!r}: its weight is a slice of the shared array, which is trained. "

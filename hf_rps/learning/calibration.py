@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,15 @@ from hf_rps.mappings.weight_map import sharing_group
 
 class _Stop(Exception):
     """Ends a pass in which all is seen that was looked for."""
+
+
+class Inputs(NamedTuple):
+    """Of a layer, each counted as it matters: the mean of ``x x^T`` (cols, cols), x being an input as the compressed
+    layers before it give it out, and of ``d x^T``, d being the dense model's own there; None where that is not known.
+    """
+
+    hessian: Tensor
+    cross: Tensor | None = None
 
 
 class Walk:
@@ -52,7 +61,9 @@ class Walk:
             unit = modules[block] if block else candidate.module
             self.units.setdefault(unit, []).append(candidate.module)
         self._mask: Tensor | None = None
-        self._outputs: dict[nn.Module, list[list]] = {}  # of the blocks that are done: by batch, of every call
+        # of the blocks that are done, compressed and dense: by batch, of every call
+        self._outputs: dict[nn.Module, list[list]] = {}
+        self._dense_outputs: dict[nn.Module, list[list]] = {}
         self._calls: dict[nn.Module, int] = {}
         self._counts: dict[nn.Module, list[Tensor]] = {}  # by batch, how much each input counts
 
@@ -76,14 +87,14 @@ class Walk:
         return x.reshape(-1, x.shape[-1]).float()
 
     @contextlib.contextmanager
-    def _replaying(self, index: int) -> Iterator[None]:
+    def _replaying(self, outputs: dict[nn.Module, list[list]], index: int) -> Iterator[None]:
         """Blocks that are done give back what they gave out for batch ``index``."""
-        forwards = {unit: unit.__dict__.get("forward") for unit in self._outputs}
+        forwards = {unit: unit.__dict__.get("forward") for unit in outputs}
 
         def replay(unit):
             def forward(*args, **kwargs):
                 call = self._calls[unit] = self._calls.get(unit, -1) + 1
-                return self._outputs[unit][index][call]
+                return outputs[unit][index][call]
 
             return forward
 
@@ -167,8 +178,8 @@ class Walk:
     # ---- learning
 
     @torch.no_grad()
-    def learn(self, learn: Callable[[str, Candidate, Tensor | None], Tensor]) -> None:
-        """Call ``learn(target, candidate, hessian)`` for every weight; it returns what the weight becomes."""
+    def learn(self, learn: Callable[[str, Candidate, Inputs | None], Tensor]) -> None:
+        """Call ``learn(target, candidate, inputs)`` for every weight; it returns what the weight becomes."""
         training, config = self.model.training, getattr(self.model, "config", None)
         cached = getattr(config, "use_cache", None)
         self.model.eval()
@@ -185,6 +196,7 @@ class Walk:
             if cached is not None:
                 config.use_cache = cached
             self._outputs.clear()
+            self._dense_outputs.clear()
             self._counts.clear()
 
     def _learn_unit(self, unit, layers, seen, learn, bar) -> None:
@@ -195,27 +207,69 @@ class Walk:
         kept: dict[nn.Module, Tensor] = {}  # dense weights of the layers that are learned
         try:
             for stage in stages.values():
-                hessians = self._hessians(stage, once)
+                inputs = self._inputs(stage, once, kept)
                 for layer in stage:
                     name, candidate = self.by_module[layer]
-                    weight = learn(name, candidate, hessians.get(layer))
+                    weight = learn(name, candidate, inputs.get(layer))
                     kept[layer] = candidate.stored.data
                     candidate.stored.data = torch.empty_like(kept[layer], memory_format=torch.contiguous_format)
                     candidate.weight.copy_(weight)  # a view, in which the kind has its matrix
                     bar.update()
             if once:
-                self._keep_outputs(unit)
+                self._keep_outputs(unit, self._outputs)
+                with self._dense(kept):
+                    self._keep_outputs(unit, self._dense_outputs)
         finally:
             for layer, weight in kept.items():
                 self.by_module[layer][1].stored.data = weight
 
-    def _hessians(self, layers: list[nn.Module], once: bool) -> dict[nn.Module, Tensor]:
-        """Mean of ``x x^T`` over the inputs of all batches, by layer that multiplies, each input as it counts there."""
+    @contextlib.contextmanager
+    def _dense(self, kept: dict[nn.Module, Tensor]) -> Iterator[None]:
+        """Layers that are learned have the dense weights again that are ``kept``."""
+        learned = {layer: self.by_module[layer][1].stored.data for layer in kept}
+        try:
+            for layer, weight in kept.items():
+                self.by_module[layer][1].stored.data = weight
+            yield
+        finally:
+            for layer, weight in learned.items():
+                self.by_module[layer][1].stored.data = weight
+
+    def _inputs(self, layers: list[nn.Module], once: bool, kept: dict[nn.Module, Tensor]) -> dict[nn.Module, Inputs]:
+        """Over all batches, by layer that multiplies. With ``once`` all of them have the very same input."""
         layers = [layer for layer in layers if layer in self.multiplying]
         if not layers:
             return {}
         sums: dict[nn.Module, Tensor] = {}
+        crossed: dict[nn.Module, Tensor] = {}
         totals = dict.fromkeys(layers, 0.0)
+        for index in range(len(self.batches)):
+            found = self._inputs_of(layers[:1] if once else layers, index, once, self._outputs)
+            dense = {}
+            if once:
+                with self._dense(kept):
+                    dense = self._inputs_of(layers[:1], index, once, self._dense_outputs)
+            for layer in layers:
+                x, d = (rows.get(layers[0] if once else layer) for rows in (found, dense))
+                if x is None:
+                    continue
+                counts = self._counts[layer][index].to(x.device)
+                if len(counts) != len(x) or not bool(counts.any()):  # routed otherwise than in the dense model
+                    counts = x.new_ones(len(x))
+                weighted = x * counts[:, None]
+                sums[layer] = sums.get(layer, 0.0) + weighted.t() @ x
+                if d is not None and len(d) == len(x):
+                    crossed[layer] = crossed.get(layer, 0.0) + d.t() @ weighted
+                totals[layer] += counts.sum().item()
+        return {
+            layer: Inputs(total / totals[layer], crossed[layer] / totals[layer] if layer in crossed else None)
+            for layer, total in sums.items()
+        }
+
+    def _inputs_of(
+        self, layers: list[nn.Module], index: int, once: bool, outputs: dict[nn.Module, list[list]]
+    ) -> dict[nn.Module, Tensor]:
+        """Inputs (any, cols) of ``layers`` in batch ``index``, after blocks that are done and gave ``outputs``."""
         inputs: dict[nn.Module, list[Tensor]] = {}
 
         def look(module, args, kwargs):
@@ -223,22 +277,11 @@ class Walk:
             if once:
                 raise _Stop
 
-        for index, batch in enumerate(self.batches):
-            inputs.clear()
-            with _hooks(layers[:1] if once else layers, look), self._replaying(index):
-                self._run(batch)
-            for layer in layers:
-                x = torch.cat(inputs.get(layers[0] if once else layer) or [torch.zeros(0, 1)])
-                if len(x):
-                    counts = self._counts[layer][index].to(x.device)
-                    if len(counts) != len(x) or not bool(counts.any()):  # routed otherwise than in the dense model
-                        counts = x.new_ones(len(x))
-                    weighted = x * counts[:, None]
-                    sums[layer] = sums.get(layer, 0.0) + weighted.t() @ x
-                    totals[layer] += counts.sum().item()
-        return {layer: total / totals[layer] for layer, total in sums.items()}
+        with _hooks(layers, look), self._replaying(outputs, index):
+            self._run(self.batches[index])
+        return {layer: torch.cat(rows) for layer, rows in inputs.items() if any(map(len, rows))}
 
-    def _keep_outputs(self, unit: nn.Module) -> None:
+    def _keep_outputs(self, unit: nn.Module, kept: dict[nn.Module, list[list]]) -> None:
         outputs: list[list] = []
 
         def keep(module, args, kwargs, output):
@@ -249,11 +292,11 @@ class Walk:
             outputs.append([])
             handle = unit.register_forward_hook(keep, with_kwargs=True)
             try:
-                with self._replaying(index):
+                with self._replaying(kept, index):
                     self._run(batch)
             finally:
                 handle.remove()
-        self._outputs[unit] = outputs
+        kept[unit] = outputs
 
 
 def _surrogate(output: Any, mask: Tensor | None, random: torch.Generator) -> Tensor | None:

@@ -1,71 +1,129 @@
-"""Codebooks and codes for one weight matrix: weighted k-means, error feedback, and rounds of descent on the same error.
+"""Codes for one weight matrix, whatever its codebooks are, and the codebooks of its rows.
 
-What is made small is the layer's error on its inputs, ``tr((W' - W) H (W' - W)^T)`` with ``H`` (cols, cols) the mean of
-``x x^T``: that of W' on typical inputs. Without inputs H is the identity.
-
-1. Codebooks by k-means on each row (or group of a row), every weight counted by the root of H's diagonal.
-2. Codes column by column; what a column loses is taken out of the columns to come, as in GPTQ ('GPTQ: accurate
-   post-training quantization for generative pre-trained transformers', ICLR 2023).
-3. In turn, for a few rounds: the codebooks that are best for the codes (least squares), and for each column the code
-   that is best while all others stay (coordinate descent). Neither can make the error larger.
+Both work on the error of :mod:`hf_rps.learning.matrix`, where the steps are put together. What a column loses is taken
+out of the columns to come as in GPTQ ('GPTQ: accurate post-training quantization for generative pre-trained
+transformers', ICLR 2023).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-DAMPING = 0.005  # of the mean of H's diagonal, added to it: few inputs tell little of some directions
-ROUNDS = 2
+from hf_rps.mappings.codes import pack
+
 _ITERATIONS = 25  # of k-means
 _BLOCK = 64  # columns whose effect on all later ones is added up in one product
 _AT_ONCE = 1 << 25  # numbers of a temporary array
 
 
-class Learned(NamedTuple):
-    """Codebooks (rows, groups, entries), codes (rows, cols), uint8, and the W' (rows, cols) that they stand for."""
-
-    books: Tensor
-    codes: Tensor
-    weight: Tensor
-
-
-def damped(hessian: Tensor) -> Tensor:
-    """H (cols, cols) with a part of its mean diagonal added to the diagonal; inputs that are never there get one."""
-    mean = hessian.diagonal().mean()
-    return hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (
-        DAMPING * mean if mean > 0 else 1.0
-    )
-
-
-class RowCodebooks:
-    """Codebooks of single numbers for the rows of one matrix, or for groups of columns in each.
+class Codebooks(ABC):
+    """Codebooks and codes of one matrix, on their way; a base class.
 
     Args:
         weight: W (rows, cols), float32.
         entries: Of a codebook.
         group: Columns that share one; cols for whole rows.
+        tile: Columns that share a code; cols is a multiple of it.
+
+    Attributes:
+        codes: int64 (rows, cols / tile).
+    """
+
+    books: Tensor
+    codes: Tensor
+
+    def __init__(self, weight: Tensor, entries: int, group: int, tile: int = 1):
+        self.weight, self.entries, self.group, self.tile = weight, entries, group, tile
+        self.rows, self.cols = weight.shape
+        self.groups = -(-self.cols // group)
+
+    @abstractmethod
+    def made(self) -> Tensor:
+        """W' (rows, cols)."""
+
+    @abstractmethod
+    def packed(self, bits: int) -> Tensor:
+        """What is stored of the rows, uint8 (rows, bytes)."""
+
+    @abstractmethod
+    def refit(self, hessian: Tensor) -> None:
+        """Set the books to better ones for the codes."""
+
+    @abstractmethod
+    def choose(self, wanted: Tensor, place: int, metric: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (rows,) of the entries nearest to ``wanted`` (tile, rows), the columns from ``place`` on, and what they
+        stand for (tile, rows). A difference e (rows, tile) is as long as e ``metric`` (tile, tile)."""
+
+    def _tiles(self, matrix: Tensor) -> Tensor:
+        """The blocks (tiles, tile, tile) on the diagonal of a (cols, cols) matrix."""
+        blocks = matrix.unflatten(0, (-1, self.tile)).unflatten(2, (-1, self.tile))
+        return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+    def feed_back(self, hessian: Tensor) -> None:
+        """Choose the codes tile by tile, with feedback of each one's error to the later columns.
+
+        With U^T U the inverse of H, the error that is left when the later columns make up for e as well as they can is
+        that of e's tile of U, inverted.
+        """
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        upper = torch.linalg.cholesky(inverse, upper=True)
+        metrics, left, tile = torch.linalg.inv(self._tiles(upper)), self.weight.clone(), self.tile
+        for start, stop in self._blocks():
+            block, factor = left[:, start:stop].t().contiguous(), upper[start:stop, start:stop]  # (columns, rows)
+            errors = torch.empty_like(block)
+            for i in range(0, stop - start, tile):
+                number, end = (start + i) // tile, i + tile
+                self.codes[:, number], value = self.choose(block[i:end], start + i, metrics[number])
+                torch.mm(metrics[number].t(), block[i:end] - value, out=errors[i:end])
+                block[end:].addmm_(factor[i:end, end:].t(), errors[i:end], alpha=-1)
+            if stop < self.cols:
+                left[:, stop:].addmm_(errors.t(), upper[start:stop, stop:], alpha=-1)
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        size = max(1, _BLOCK // self.tile) * self.tile
+        return [(start, min(self.cols, start + size)) for start in range(0, self.cols, size)]
+
+    def descend(self, hessian: Tensor) -> int:
+        """Choose for each tile in turn the code that is best while the others stay; how many changed."""
+        made, changed, tile = self.made(), 0, self.tile
+        gradient = (made - self.weight) @ hessian  # (rows, cols), half that of the error
+        diagonal = self._tiles(hessian)
+        metrics, inverses = torch.linalg.cholesky(diagonal), torch.linalg.inv(diagonal)
+        for start, stop in self._blocks():
+            block, now = gradient[:, start:stop].t().contiguous(), made[:, start:stop].t().contiguous()
+            steps, inside = torch.empty_like(block), hessian[start:stop, start:stop]
+            for i in range(0, stop - start, tile):
+                number, end = (start + i) // tile, i + tile
+                wanted = now[i:end] - inverses[number] @ block[i:end]
+                code, value = self.choose(wanted, start + i, metrics[number])
+                changed += int((code != self.codes[:, number]).sum())
+                self.codes[:, number] = code
+                torch.sub(value, now[i:end], out=steps[i:end])
+                block.addmm_(inside[:, i:end], steps[i:end])
+            if stop < self.cols:  # what comes before is asked for in the next round only
+                gradient[:, stop:].addmm_(steps.t(), hessian[start:stop, stop:])
+        return changed
+
+
+class RowCodebooks(Codebooks):
+    """Codebooks of single numbers for the rows of one matrix, or for groups of columns in each.
 
     Attributes:
         books: (rows, groups, entries), each ascending.
-        codes: int64 (rows, cols).
     """
 
     def __init__(self, weight: Tensor, entries: int, group: int, importance: Tensor):
-        self.weight, self.entries, self.group = weight, entries, group
-        self.rows, self.cols = weight.shape
-        self.groups = -(-self.cols // group)
+        super().__init__(weight, entries, group)
         self.books = weight.new_empty(self.rows, self.groups, entries)
         self.codes = weight.new_empty(self.rows, self.cols, dtype=torch.int64)
         self._offsets = torch.arange(self.cols, device=weight.device) // group * entries
-        for i, columns in enumerate(self._columns()):
+        for i, start in enumerate(range(0, self.cols, group)):
+            columns = slice(start, min(self.cols, start + group))
             self.books[:, i] = kmeans(weight[:, columns], importance[columns], entries)
             self.codes[:, columns] = self.nearest(weight[:, columns], i)
-
-    def _columns(self) -> list[slice]:
-        return [slice(start, min(self.cols, start + self.group)) for start in range(0, self.cols, self.group)]
 
     def nearest(self, weight: Tensor, group: int) -> Tensor:
         """Codes of the entries of one group's books that are nearest to ``weight`` (rows, any)."""
@@ -73,8 +131,10 @@ class RowCodebooks:
         return torch.searchsorted(((book[:, 1:] + book[:, :-1]) / 2).contiguous(), weight.contiguous())
 
     def made(self) -> Tensor:
-        """W' (rows, cols)."""
         return self.books.flatten(1).gather(1, self._places())
+
+    def packed(self, bits: int) -> Tensor:
+        return pack(self.codes.to(torch.uint8), bits)
 
     def _places(self) -> Tensor:
         """Of every weight, its entry among all those of its row."""
@@ -86,49 +146,13 @@ class RowCodebooks:
         entry = torch.arange(self.entries, device=order.device).expand_as(order)
         self.codes = torch.empty_like(order).scatter_(-1, order, entry).flatten(1).gather(1, self._places())
 
-    def feed_back(self, hessian: Tensor) -> None:
-        """Choose the codes column by column, with feedback of each column's error to the later ones."""
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-        upper = torch.linalg.cholesky(inverse, upper=True)
-        left = self.weight.clone()
-        for start in range(0, self.cols, _BLOCK):
-            stop = min(self.cols, start + _BLOCK)
-            block, factor = left[:, start:stop].t().contiguous(), upper[start:stop, start:stop]  # (columns, rows)
-            errors = torch.empty_like(block)
-            for i in range(stop - start):
-                code, value = self._choose(block[i], start + i)
-                self.codes[:, start + i] = code
-                torch.sub(block[i], value, out=errors[i]).div_(factor[i, i])
-                block[i:].addr_(factor[i, i:], errors[i], alpha=-1)
-            if stop < self.cols:
-                left[:, stop:].addmm_(errors.t(), upper[start:stop, stop:], alpha=-1)
-
-    def _choose(self, column: Tensor, place: int) -> tuple[Tensor, Tensor]:
-        """Nearest codes (rows,) for one column, and their entries."""
+    def choose(self, wanted: Tensor, place: int, metric: Tensor) -> tuple[Tensor, Tensor]:
         group = place // self.group
-        code = self.nearest(column[:, None], group)
-        return code[:, 0], self.books[:, group].gather(1, code)[:, 0]
-
-    def descend(self, hessian: Tensor) -> int:
-        """Choose for each column in turn the code that is best while the others stay; how many changed."""
-        made, changed = self.made(), 0
-        gradient = (made - self.weight) @ hessian  # (rows, cols), half that of the error
-        for start in range(0, self.cols, _BLOCK):
-            stop = min(self.cols, start + _BLOCK)
-            block, now = gradient[:, start:stop].t().contiguous(), made[:, start:stop].t().contiguous()
-            steps, inside = torch.empty_like(block), hessian[start:stop, start:stop]
-            for i in range(stop - start):
-                code, value = self._choose(now[i] - block[i] / inside[i, i], start + i)
-                changed += int((code != self.codes[:, start + i]).sum())
-                self.codes[:, start + i] = code
-                torch.sub(value, now[i], out=steps[i])
-                block.addr_(inside[i], steps[i])
-            if stop < self.cols:  # what comes before is asked for in the next round only
-                gradient[:, stop:].addmm_(steps.t(), hessian[start:stop, stop:])
-        return changed
+        code = self.nearest(wanted.t(), group)  # one number each: the nearest in any metric
+        return code[:, 0], self.books[:, group].gather(1, code).t()
 
     def refit(self, hessian: Tensor) -> None:
-        """Set the books to the best ones for the codes: least squares, row by row."""
+        """Least squares, row by row: the best books."""
         places, size = self._places(), self.groups * self.entries
         right = self.weight.new_zeros(self.rows, size).scatter_add_(1, places, self.weight @ hessian)
         books = self.books.flatten(1).clone()
@@ -176,32 +200,3 @@ def kmeans(weight: Tensor, importance: Tensor, entries: int) -> Tensor:
     few = rank[:, -1:] < entries
     exact = values[:, -1:].repeat(1, entries).scatter(1, rank.clamp(max=entries - 1), values)
     return torch.where(few, exact, centres).to(weight.dtype)
-
-
-def learn(
-    weight: Tensor, bits: int, group_size: int | None = None, hessian: Tensor | None = None, rounds: int = ROUNDS
-) -> Learned:
-    """Codebooks and codes of one weight matrix, determined by the arguments.
-
-    Args:
-        weight: W (rows, cols).
-        bits: Of a code; a codebook has 2**bits entries.
-        group_size: Columns of a row that share a codebook; None: all.
-        hessian: Mean of ``x x^T`` over inputs, (cols, cols); None: every direction counts the same.
-        rounds: Of least squares and descent.
-    """
-    dtype, weight = weight.dtype, weight.detach().float()
-    cols = weight.shape[1]
-    group = min(group_size or cols, cols)
-    if hessian is None:
-        state = RowCodebooks(weight, 2**bits, group, weight.new_ones(cols))
-    else:
-        hessian = damped(hessian.float())
-        state = RowCodebooks(weight, 2**bits, group, hessian.diagonal().sqrt())
-        state.feed_back(hessian)
-        for _ in range(rounds):
-            state.refit(hessian)
-            if state.descend(hessian) == 0:
-                break
-        state.refit(hessian)
-    return Learned(state.books.to(dtype), state.codes.to(torch.uint8), state.made().to(dtype))

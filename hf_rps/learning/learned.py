@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from hf_rps.config import RPSSettings
 from hf_rps.layers.kinds import Candidate
-from hf_rps.learning.calibration import Walk
-from hf_rps.learning.codebooks import learn
-from hf_rps.mappings.codes import pack
+from hf_rps.learning.calibration import Inputs, Walk
+from hf_rps.learning.matrix import learn
 from hf_rps.psi.bank import ArrayOwner
 
 logger = logging.getLogger(__name__)
@@ -46,9 +45,10 @@ class LearnedMap:
             for name, candidate in candidates.items():
                 self._learn(name, candidate, None)
 
-    def _learn(self, name: str, candidate: Candidate, hessian: Tensor | None) -> Tensor:
-        learned = learn(candidate.weight, self.settings.bits, self.settings.group_size, hessian)
-        self.codes[name], self.books[name] = pack(learned.codes, self.settings.bits), learned.books
+    def _learn(self, name: str, candidate: Candidate, inputs: Inputs | None) -> Tensor:
+        settings = self.settings
+        learned = learn(candidate.weight, settings.bits, settings.group_size, *(inputs or ()), tile=settings.tile)
+        self.codes[name], self.books[name] = learned.packed, learned.books
         return learned.weight
 
     @property
@@ -66,6 +66,6 @@ class LearnedMap:
         for name, codes in self.codes.items():
             matrix = owner.array.matrices[name]
             matrix.keep_in({"codes": codes}, {"codes": "codes"})
-            matrix.books(owner.psi).copy_(self.books[name].flatten(1))
+            matrix.segment(owner.psi).copy_(self.books[name].flatten())
         owner.array.divisor.settle()
         owner.array.started = "project"

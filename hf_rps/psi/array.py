@@ -29,6 +29,10 @@ class Source(Protocol):
     @property
     def psi(self) -> nn.Parameter: ...
 
+    @property
+    def in_use(self) -> Source:
+        """Where the layers find the array that they read now: here, unless another one stands in for this one."""
+
     def read(self, device: torch.device, dtype: torch.dtype) -> Reading:
         """:meth:`SharedArray.read` by a call of the module that owns psi, whose hooks (offloading, sharding) put psi in
         place."""
@@ -40,6 +44,8 @@ class SharedArray:
     Args:
         weight_map: Which weight reads which slots of the array.
         grad_scaling: "projection", "norm" or "none"; see :class:`hf_rps.RPSConfig`.
+        like: Another array of the same map, whose matrices this one is read by, too: what a learned map has stored is
+            there once. None: it has matrices of its own.
 
     Attributes:
         matrices: By target, the matrices that read the array, each made once for all that use it.
@@ -49,10 +55,13 @@ class SharedArray:
         weight_dtypes: By target, the dtype of the dense weight, as far as layers know one.
     """
 
-    def __init__(self, weight_map: WeightMap, grad_scaling: str):
+    def __init__(self, weight_map: WeightMap, grad_scaling: str, like: SharedArray | None = None):
         self.weight_map = weight_map
-        self.matrices = {target.name: weight_map.matrix(target.name) for target in weight_map.targets}
-        self.divisor = Divisor(self.matrices.values(), weight_map.m, grad_scaling)
+        if like is None:
+            self.matrices = {target.name: weight_map.matrix(target.name) for target in weight_map.targets}
+            self.divisor = Divisor(self.matrices.values(), weight_map.m, grad_scaling)
+        else:
+            self.matrices, self.divisor = like.matrices, like.divisor.of_scaling(grad_scaling)
         self.passes = Passes()
         self.memory = GradientMemory()
         self.choose: Choice = choose

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,22 @@ class ArrayOwner(nn.Module):
         weight_map: Which weight reads which slots of the array.
         grad_scaling: "projection", "norm" or "none"; see :class:`hf_rps.RPSConfig`.
         device, dtype: Of psi (m,), which is left uninitialised.
+        like: Another array of the same map, whose matrices are used; see :class:`SharedArray`.
 
     Layers keep the bank in an unregistered reference, so that psi is saved and sharded once. The parameter's name in
     state dicts is ``psi_name``, which tells its map: a state dict of another map does not load.
     """
 
-    def __init__(self, weight_map: WeightMap, grad_scaling: str = "projection", device=None, dtype=None):
+    def __init__(
+        self,
+        weight_map: WeightMap,
+        grad_scaling: str = "projection",
+        device=None,
+        dtype=None,
+        like: SharedArray | None = None,
+    ):
         super().__init__()
-        self.array = SharedArray(weight_map, grad_scaling)
+        self.array = SharedArray(weight_map, grad_scaling, like)
         self.array.passes.owner = weakref.ref(self)
         self.psi_name = psi_name(weight_map.fingerprint)
         self._sentinel_seen_in: list[str] | None = None
@@ -51,6 +60,11 @@ class ArrayOwner(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in torch; what is assigned to ``psi`` goes by the name that tells the map."""
         super().register_parameter(self.psi_name if name == "psi" else name, param)
+
+    @property
+    def in_use(self) -> ArrayOwner:
+        """The owner of the array that layers read now."""
+        return self
 
     @property
     def weight_map(self) -> WeightMap:
@@ -130,11 +144,33 @@ class ArrayOwner(nn.Module):
         return f"n={self.weight_map.n}, m={self.weight_map.m}, grad_scaling={self.grad_scaling!r}"
 
 
+class Substitutes(Protocol):
+    """Arrays of the map of a :class:`Bank`, one of which its layers may read in the place of its own."""
+
+    def active(self) -> ArrayOwner | None:
+        """The owner of the one that they read now; None: the bank's own."""
+
+    def names(self) -> list[str]:
+        """What they are called."""
+
+
 class Bank(ArrayOwner):
     """The owner in a model that was compressed by itself, without PEFT.
 
     Attributes:
         settings: The RPSSettings that it was made with, for checkpoints to record.
+        substitutes: The arrays that may stand in for this one, if there are any: those of adapters. Kept unregistered,
+            as they are modules of their own.
     """
 
     settings = None
+    substitutes: Substitutes | None = None
+
+    def substitute(self, substitutes: Substitutes | None) -> None:
+        """Let layers read what ``substitutes`` say from now on; None: psi itself."""
+        self.__dict__["substitutes"] = substitutes
+
+    @property
+    def in_use(self) -> ArrayOwner:
+        active = None if self.substitutes is None else self.substitutes.active()
+        return self if active is None else active

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Collection
 
@@ -37,13 +38,26 @@ class Divisor:
     def __getstate__(self):
         return self.__dict__ | {"_kept": {}}
 
-    def settle(self) -> None:
+    def settle(self, matrices: Collection[SharedMatrix] | None = None) -> None:
         """Work Gamma out, in pieces or, for mappings where it has none, slot by slot.
 
         It is done when all that the matrices have stored is there, for compilers can't trace it.
+
+        Args:
+            matrices: Those that are in use, where others have nothing stored (of a head that the model lacks).
         """
+        if matrices is not None:
+            self._matrices = list(matrices)
         self._pieces = _load_pieces(self._matrices, self.m)
         self._gamma = None if self._pieces else load(self._matrices, self.m)
+
+    def of_scaling(self, scaling: str) -> Divisor:
+        """The divisor of another array of the same map: this one, or one of the same Gamma."""
+        if scaling == self.scaling:
+            return self
+        other = copy.copy(self)
+        other.scaling = scaling
+        return other
 
     def _powered(self) -> list[tuple[int, float]]:
         """(length, divisor) pieces over the m slots."""

@@ -58,34 +58,40 @@ def _is_traced() -> bool:
 
 
 class SharedWeight:
-    """W (out_features, in_features), a target of the map of ``source``.
+    """W (out_features, in_features), a target of the map of ``owner``.
 
     Not a module: psi must be saved and sharded once, at its owner.
 
     Args:
         name: The target's name in the map.
-        source: Where psi is found.
+        owner: Where psi is found, unless another array stands in for it.
     """
 
-    def __init__(self, name: str, source: Source):
-        self.name, self.source = name, source
-        self.target = source.array.weight_map.target(name)
-        self.matrix = source.array.matrices[name]
+    def __init__(self, name: str, owner: Source):
+        self.name, self.owner = name, owner
+        self.target = owner.array.weight_map.target(name)
+        self.matrix = owner.array.matrices[name]
         self.products = products_of(self.matrix)
+
+    @property
+    def source(self) -> Source:
+        """Where psi is found now."""
+        return self.owner.in_use
 
     def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """x W^T + bias: (..., out_features), computed in ``dtype``.
 
         x (..., in_features) is of that dtype, or is cast to it where autocast is on.
         """
-        choose = self.source.array.choose
+        source = self.source
+        choose = source.array.choose
         if not takes_plain_path():
             product = choose(self.products, x)
             if product.input_fold is None:
                 x = cast_to_autocast(x, dtype)
             else:
-                x = self.source.array.passes.folded(x, product.input_fold, dtype)
-            psi, buffer = self.source.read(x.device, dtype)
+                x = source.array.passes.folded(x, product.input_fold, dtype)
+            psi, buffer = source.read(x.device, dtype)
             return shared_linear(x, psi, bias, product, buffer)
         x = cast_to_autocast(x, dtype)
         psi = self._plain_psi(x.device, dtype)
@@ -96,8 +102,9 @@ class SharedWeight:
 
     def added_linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
         """x (base + W)^T + bias, for a constant base (out_features, in_features) in whose dtype the sum is built."""
-        psi, buffer = self.source.read(x.device, base.dtype)
-        return shared_linear(x, psi, bias, self.source.array.choose(self.products, x), buffer, base)
+        source = self.source
+        psi, buffer = source.read(x.device, base.dtype)
+        return shared_linear(x, psi, bias, source.array.choose(self.products, x), buffer, base)
 
     def materialise_narrow(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Z (rows, cols / c) of a weight whose input is folded, likewise."""
@@ -120,7 +127,8 @@ class SharedWeight:
             RuntimeError: torch.jit.trace records a pass that is to be trained. It would lose the divisor of psi's
                 gradient, without a word.
         """
-        psi = self.source.psi
+        source = self.source
+        psi = source.psi
         if not torch.compiler.is_compiling() and torch.jit.is_tracing():
             if torch.is_grad_enabled() and psi.requires_grad:
                 raise RuntimeError(
@@ -128,7 +136,7 @@ class SharedWeight:
                     "To train it faster, use torch.compile"
                 )
             psi = psi.detach()  # so that the traced module gives it no gradient either
-        return self.source.array.plain(psi, device, dtype)
+        return source.array.plain(psi, device, dtype)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W where psi is, in ``dtype`` or else in that of psi."""

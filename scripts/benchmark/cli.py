@@ -15,6 +15,8 @@ from benchmark import costs, report
 from benchmark.runner import DEFAULT_WORKS, WORKS, Job, measure, subjects
 from benchmark.settings import Settings
 from benchmark.subjects import FORMS, PEERS, missing
+from hf_rps.config import DEFAULT_BITS
+from hf_rps.mappings.codebook import BITS
 
 PATHS = ("--fakeroast", "--rzlinear", "--output", "--plots")  # options whose values are this machine's own
 
@@ -55,7 +57,10 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
                       help="stored numbers over weights of the compressed subjects")  # fmt: skip
     group.add_argument("--forms", nargs="*", choices=FORMS,
                       help="compressed forms (none: peers only), all at every ratio; default: views at every ratio "
-                           "and, for stack, gather and cat at the first, as are peers")  # fmt: skip
+                           "and, for stack, folded at every ratio, gather and cat at the first, as are peers, and "
+                           "codebook")  # fmt: skip
+    group.add_argument("--bits", type=int, nargs="+", choices=BITS, default=[DEFAULT_BITS],
+                      help="of a code of the form codebook, which has no ratio")  # fmt: skip
     group.add_argument("--fakeroast", metavar="PATH", help="a checkout of FakeRoast, to be measured too (needs mmh3)")
     group.add_argument("--rzlinear", metavar="PATH", help="a checkout of RzLinear, to be measured too (needs CUDA)")
     group.add_argument("--tokens", type=_positive(int), nargs="+", default=[1, 8, 128, 512], help="of the layer stack")
@@ -104,7 +109,7 @@ def plan(arguments: argparse.Namespace) -> list[Job]:
     """The jobs that the arguments ask for: works and models that fit each other."""
     peers, jobs = [peer for peer in PEERS if getattr(arguments, peer)], []
     for work in arguments.only:
-        chosen = subjects(work, arguments.forms, arguments.ratios, peers)
+        chosen = subjects(work, arguments.forms, arguments.ratios, peers, arguments.bits)
         wanted = arguments.models or WORKS[work].default_models
         jobs += [Job(work, model, chosen) for model in wanted if model in WORKS[work].models and chosen]
     return jobs

@@ -13,6 +13,7 @@ _TABLES = (
     ("time / dense (quartiles)", "time_ratio", "dense_milliseconds", "ms", 1),
     ("FLOP / dense", "flops_ratio", "dense_gflop", "GFLOP", 1),
     ("memory / dense", "memory_ratio", "dense_peak_mib", "MiB", 0),
+    ("parameters / dense", "parameters_ratio", "dense_parameters_mib", "MiB", 1),
     ("file / dense", "file_ratio", "dense_file_mib", "MiB", 1),
     ("bytes reduced / dense", "reduced_ratio", "dense_reduced_mib", "MiB", 1),
 )
@@ -134,7 +135,7 @@ def tables(rows: Sequence[dict]) -> str:
 
 # ---- plots: what is on the x axis, and how it is read from a row
 _AXES: dict[str, tuple[str, Callable[[dict], float | None]]] = {
-    "ratio": ("stored numbers / weights", lambda row: row["ratio"]),
+    "ratio": ("stored numbers / weights", lambda row: None if row["form"] == "codebook" else row["ratio"]),
     "tokens": ("tokens", lambda row: row.get("tokens")),
     "size": ("weights of the targeted layers", lambda row: row.get("n")),
 }

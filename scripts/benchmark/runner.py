@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,17 +36,17 @@ WORKS = {
     "step": Work("a training step: forward, backward, clip, AdamW", default_models=("gpt2", "llama-1b")),
     "prefill": Work("a prompt into a KV cache"),
     "decode": Work("one token with a KV cache"),
-    "load": Work("from_pretrained in a fresh process, and file sizes", forms=("views", "folded", "gather")),
-    "save": Work("save_pretrained, and file sizes", forms=("views", "folded", "gather")),
+    "load": Work("from_pretrained in a fresh process, and file sizes", forms=("views", "folded", "codebook", "gather")),
+    "save": Work("save_pretrained, and file sizes", forms=("views", "folded", "codebook", "gather")),
     "memory": Work("peak of a training step against a formula"),
     "reduced": Work("bytes that DistributedDataParallel reduces in a step"),
     "convolution": Work(
         "a ResNet: forward, forward + backward",
         CONVOLUTIONAL,
         ("resnet-18",),
-        ("views", "folded", "gather", "fakeroast"),
+        ("views", "folded", "codebook", "gather", "fakeroast"),
     ),
-    "compiled": Work("decode under torch.compile", forms=("views", "folded")),
+    "compiled": Work("decode under torch.compile", forms=("views", "folded", "codebook")),
     "adapter": Work("a fine-tuning step: full, LoRA, ours", default_models=("llama-97m",), forms=()),
 }
 DEFAULT_WORKS = ("stack", "step", "prefill", "decode", "load", "save", "memory", "reduced")
@@ -61,8 +61,11 @@ class Job:
     subjects: tuple[Subject, ...]
 
 
-def subjects(work: str, forms: list[str] | None, ratios: list[float], peers: list[str]) -> tuple[Subject, ...]:
-    """The subjects of ``work``: ``forms`` and ``peers``, as far as it knows them, at all ``ratios``.
+def subjects(
+    work: str, forms: list[str] | None, ratios: list[float], peers: list[str], bits: Sequence[int] = ()
+) -> tuple[Subject, ...]:
+    """The subjects of ``work``: ``forms`` and ``peers``, as far as it knows them, at all ``ratios``; codebooks, which
+    have none, at all ``bits`` of a code.
 
     With ``forms`` None they are the work's default ones, and those other than ours come at the first ratio only: they
     take most of the time, and depend on the ratio little.
@@ -70,12 +73,14 @@ def subjects(work: str, forms: list[str] | None, ratios: list[float], peers: lis
     if work == "adapter":
         return ADAPTERS
     chosen = [*(WORKS[work].default_forms if forms is None else forms), *peers]
-    return tuple(
+    known = [form for form in chosen if form in WORKS[work].forms]
+    drawn = [
         Subject(form, ratio)
         for ratio in ratios
-        for form in chosen
-        if form in WORKS[work].forms and (form in ("views", "folded") or ratio == ratios[0] or forms is not None)
-    )
+        for form in known
+        if form != "codebook" and (form in ("views", "folded") or ratio == ratios[0] or forms is not None)
+    ]
+    return (*drawn, *(Subject("codebook", number) for number in bits if "codebook" in known))
 
 
 def measure(job: Job, settings: Settings) -> Iterator[dict]:
@@ -110,8 +115,12 @@ def paired_ratios(answers: list[Answer], dense: list[Answer]) -> dict:
 
 
 def _described(worker: Worker, dense: Worker) -> dict:
-    """Sizes of a subject: n, m and, where it was saved, its files."""
+    """Sizes of a subject: n, m, its parameters (with a learned map, codes and codebooks) and, where it was saved, its
+    files."""
     row = {"n": worker.description["n"], "m": worker.description["m"]}
+    sizes, other = worker.description["sizes"], dense.description["sizes"]["parameters"]
+    row |= {"parameters_ratio": sizes["parameters"] / other, "dense_parameters_mib": other / MIB}
+    row |= {f"{name}_mib": size / MIB for name, size in sizes.items() if size}
     if "file_bytes" in worker.description:
         own, other = worker.description["file_bytes"], dense.description["file_bytes"]
         row |= {"file_ratio": own / other, "file_mib": own / MIB, "dense_file_mib": other / MIB}

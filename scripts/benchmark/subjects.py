@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from hf_rps.layers.kinds import Candidate, TransposedLinear
 from hf_rps.products.base import Made, always
 from hf_rps.targets import find_targets
 
-FORMS = ("views", "folded", "gather", "cat")
+FORMS = ("views", "folded", "codebook", "gather", "cat")
 PEERS = ("fakeroast", "rzlinear")
 # a file that each peer's folder must hold, and the package that its code imports besides torch
 PEER_FILES = {"fakeroast": "FakeRoastUtil_v2.py", "rzlinear": "python/rz_linear/__init__.py"}
@@ -32,10 +32,10 @@ PEER_PACKAGES = {"fakeroast": "mmh3", "rzlinear": "triton"}
 class Subject:
     """One form of a model and its ratio, stored numbers over targeted weights.
 
-    Forms: "dense"; "views" (ours); "folded" (ours, with inputs folded as far as the ratio allows); "gather" (ours with
-    an index and a sign for every weight); "cat" (ours, where every linear layer makes its weight whole and multiplies
-    with it); "fakeroast" and "rzlinear" (the authors' code); and the adapters "delta" and "folded-delta" (ours) and
-    "lora", whose ratio is its rank.
+    Forms: "dense"; "views" (ours); "folded" (ours, with inputs folded as far as the ratio allows); "codebook" (ours,
+    with a learned map, whose ratio is the bits of a code); "gather" (ours with an index and a sign for every weight);
+    "cat" (ours, where every linear layer makes its weight whole and multiplies with it); "fakeroast" and "rzlinear"
+    (the authors' code); and the adapters "delta" and "folded-delta" (ours) and "lora", whose ratio is its rank.
     """
 
     form: str
@@ -43,7 +43,9 @@ class Subject:
 
     @property
     def name(self) -> str:
-        return self.form if self.form == "dense" else f"{self.form} {self.ratio:g}"
+        if self.form == "dense":
+            return self.form
+        return f"{self.form} {self.ratio:g}" + (" bits" if self.form == "codebook" else "")
 
 
 DENSE = Subject("dense")
@@ -60,6 +62,7 @@ class Built:
         n: Weights that the compressed forms target, counted in the dense model.
         m: Numbers that stand for them: n for the dense model; for an adapter, the numbers trained.
         stored: Parameters that stand for the targeted weights.
+        codes: Those among them that hold the codes of a learned map.
         kept: Gives the other tensors that this form keeps for them (divisors of the gradient, indices, signs).
         after_backward: To be called in a training step once the gradients are there.
     """
@@ -68,8 +71,16 @@ class Built:
     n: int
     m: int
     stored: list[nn.Parameter]
+    codes: list[nn.Parameter] = field(default_factory=list)
     kept: Callable[[], list[Tensor]] = list
     after_backward: Callable[[], None] = lambda: None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of all parameters, and among them those of codes and of codebooks."""
+        codes = {id(parameter) for parameter in self.codes}
+        books = [parameter for parameter in self.stored if codes and id(parameter) not in codes]
+        parts = {"parameters": self.model.parameters(), "codes": self.codes, "codebooks": books}
+        return {name: sum(p.numel() * p.element_size() for p in part) for name, part in parts.items()}
 
 
 def build(work: str, name: str, subject: Subject, settings: Settings) -> Built:
@@ -86,13 +97,24 @@ def build(work: str, name: str, subject: Subject, settings: Settings) -> Built:
         return _rzlinear(model, targets, n, subject.ratio, settings)
     if subject.form in ("lora", "delta", "folded-delta"):
         return _adapter(model, n, subject)
+    if subject.form == "codebook":
+        return _codebook(model, n, int(subject.ratio))
     sign, fold = "element" if subject.form == "gather" else "row", "full" if subject.form == "folded" else 1
     config = RPSConfig(ratio=subject.ratio, sign=sign, grad_scaling="norm", input_fold=fold)
     model = get_rps_model(model, config)
     bank = find_bank(model)
     if subject.form == "cat":
         bank.array.choose = always(Made)
-    return Built(model, n, bank.psi.numel(), [bank.psi], lambda: _kept(model))
+    return Built(model, n, bank.psi.numel(), [bank.psi], kept=lambda: _kept(model))
+
+
+def _codebook(model: nn.Module, n: int, bits: int) -> Built:
+    """``model`` with a codebook for every row. By k-means: what a calibration chooses changes no time and no size."""
+    model = get_rps_model(model, RPSConfig(mapping="codebook", bits=bits, grad_scaling="norm"))
+    psi = find_bank(model).psi
+    layers = [module for module in model.modules() if isinstance(module, RPSLayer)]
+    codes = [tensor for layer in layers for tensor in layer.shared.matrix.stored().values()]
+    return Built(model, n, psi.numel(), [psi, *codes], codes, lambda: _kept(model))
 
 
 def _kept(model: nn.Module) -> list[Tensor]:
@@ -162,8 +184,8 @@ def _fakeroast(model: nn.Module, targets: list[Candidate], n: int, ratio: float,
     constants = [p for name, p in model.named_parameters() if name.endswith((".WHelper.IDX", ".WHelper.G"))]
     scaler = roast.RoastGradScaler()
     return Built(
-        model, n, array.numel(), [array, *constants], lambda: [array._roast_grad_scaler],
-        lambda: scaler.scale_step(model),
+        model, n, array.numel(), [array, *constants], kept=lambda: [array._roast_grad_scaler],
+        after_backward=lambda: scaler.scale_step(model),
     )  # fmt: skip
 
 

@@ -194,6 +194,7 @@ def _decoding(built: Built, settings: Settings, batch: int) -> Callable[[], None
 
 
 UNCOUNTED = ("compiled",)  # a counter would keep the compiler away
+OWN_KERNELS = {"cpu": ("codebook",), "cuda": ("codebook", "views")}  # forms whose products torch's counter can't see
 TIMED = {f.__name__: f for f in (stack, convolution, step, adapter, prefill, decode, compiled)}
 
 
@@ -202,12 +203,13 @@ def timed(settings: Settings, gauge: Gauge, work: str, name: str, subject: Subje
     built = build(work, name, subject, settings)
     cases = TIMED[work](built, settings)
     finish = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
+    counted = work not in UNCOUNTED and subject.form not in OWN_KERNELS[settings.device]
 
     def answer(request: Request) -> Answer:
         run, flops = cases[request.case], None
         if request.warm:
             run()  # makes what is made once
-            if work not in UNCOUNTED:
+            if counted:
                 flops = count_flops(run) or None
             gauge.reset()
         finish()
@@ -217,7 +219,7 @@ def timed(settings: Settings, gauge: Gauge, work: str, name: str, subject: Subje
         finish()
         return Answer((time.perf_counter() - start) / request.runs, gauge.peak(), flops)
 
-    return {"n": built.n, "m": built.m, "cases": list(cases)}, answer
+    return {"n": built.n, "m": built.m, "sizes": built.sizes(), "cases": list(cases)}, answer
 
 
 def _product_flops(into: torch.Size, a: torch.Size, b: torch.Size, out_shape=None, **kwargs) -> int:
@@ -263,7 +265,8 @@ def save(settings: Settings, gauge: Gauge, work: str, name: str, subject: Subjec
     with tempfile.TemporaryDirectory() as fresh:
         once(folder or fresh)
         size = sum(file.stat().st_size for file in Path(folder or fresh).iterdir())
-    return {"n": built.n, "m": built.m, "cases": [Case("save_pretrained")], "file_bytes": size}, answer
+    description = {"n": built.n, "m": built.m, "sizes": built.sizes(), "file_bytes": size}
+    return description | {"cases": [Case("save_pretrained")]}, answer
 
 
 def load(settings: Settings, gauge: Gauge, folder: str):

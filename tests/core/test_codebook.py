@@ -12,9 +12,11 @@ from torch import nn
 
 from hf_rps.layers.kinds import Candidate, kind_of
 from hf_rps.learning.calibration import Walk
-from hf_rps.learning.codebooks import DAMPING, RowCodebooks, damped, kmeans, learn
+from hf_rps.learning.codebooks import RowCodebooks, kmeans
+from hf_rps.learning.matrix import CORRECTION, DAMPING, corrected, damped, learn
+from hf_rps.learning.vectors import VectorCodebooks
 from hf_rps.mappings.base import Span
-from hf_rps.mappings.codebook import BITS, CodebookMatrix
+from hf_rps.mappings.codebook import BITS, CodebookMatrix, VectorMatrix, pack_vectors
 from hf_rps.mappings.codes import pack, packed_size, unpack
 from hf_rps.psi.divisor import Divisor
 
@@ -71,6 +73,40 @@ def test_every_method_follows_the_definition(bits, rows, cols, group):
     torch.testing.assert_close(into, load)
     divisor = Divisor([matrix], len(psi), "projection").tensor(psi.device, psi.dtype)
     torch.testing.assert_close(divisor, (load / 2).masked_fill(load == 0, 1.0))
+
+
+def vectors_of(rows, cols, bits, group, tile, start=3):
+    torch.manual_seed(rows + cols)
+    matrix = VectorMatrix(Span(0, rows, cols), bits, group, start, tile)
+    codes = torch.randint(0, 2**bits, (rows, -(-cols // tile)), dtype=torch.uint8)
+    scales = (torch.randn(rows) + 2).bfloat16()
+    matrix.keep_in({"codes": pack_vectors(codes, scales, bits)}, {"codes": "codes"})
+    assert matrix.codes.shape == (rows, matrix.row_bytes)
+    return matrix, codes, scales.double(), torch.randn(start + matrix.size + 2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("rows", "cols", "group", "tile"), [(5, 12, 12, 4), (7, 13, 13, 2), (4, 20, 8, 4), (3, 11, 6, 3), (1, 7, 7, 8)]
+)
+def test_vectors_follow_the_definition(bits, rows, cols, group, tile):
+    matrix, codes, scales, psi = vectors_of(rows, cols, bits, group, tile)
+    gradient, expected = torch.randn(rows, cols, dtype=torch.float64), torch.empty(rows, cols, dtype=torch.float64)
+    adjoint, load = torch.zeros_like(psi), torch.zeros_like(psi)
+    for r in range(rows):
+        for c in range(cols):
+            slot = 3 + (c // group * 2**bits + int(codes[r, c // tile])) * tile + c % tile
+            expected[r, c] = scales[r] * psi[slot]
+            adjoint[slot] += scales[r] * gradient[r, c]
+            load[slot] += 2.0 * scales[r] ** 2
+    torch.testing.assert_close(matrix.weight(psi), expected)
+    torch.testing.assert_close(matrix.make(psi), expected)
+    into = torch.zeros_like(psi)
+    matrix.add_adjoint(into, gradient)
+    torch.testing.assert_close(into, adjoint)
+    into = torch.zeros_like(psi)
+    matrix.add_load(into, 2.0)
+    torch.testing.assert_close(into, load)
 
 
 def test_gamma_waits_for_the_codes():
@@ -143,6 +179,56 @@ def test_books_are_the_best_for_their_codes():
         torch.testing.assert_close(state.books[row, 0][used], best[:, 0][used], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("cols", "group", "tile"), [(48, 48, 4), (48, 24, 2), (50, 50, 4)])
+def test_each_step_makes_the_error_of_vectors_smaller(cols, group, tile):
+    torch.manual_seed(1)
+    weight, hessian = torch.randn(40, cols) * torch.rand(40, 1), damped(correlated(cols))
+    state = VectorCodebooks(weight, 16, group, hessian.diagonal().sqrt(), tile)
+    padded, full = state.weight, state.padded(hessian)
+    nearest = error(padded, state.made(), full)
+    state.feed_back(full)
+    errors = [error(padded, state.made(), full)]
+    for _ in range(3):
+        state.refit(full)
+        errors.append(error(padded, state.made(), full))
+        state.descend(full)
+        errors.append(error(padded, state.made(), full))
+    assert all(after <= before * (1 + 1e-3) for before, after in itertools.pairwise(errors)), errors
+    assert errors[-1] < 0.8 * nearest
+    # every code is the best while the others stay, and the books are the best for the codes: no step of one entry helps
+    while state.descend(full):
+        pass
+    made, last = state.made(), error(padded, state.made(), full)
+    for number in range(0, state.codes.shape[1], 5):
+        kept = state.codes[:, number].clone()
+        for code in range(16):
+            state.codes[:, number] = code
+            difference = (state.made() - padded, made - padded)
+            changed, before = (((d @ full) * d).sum(1) for d in difference)
+            assert (changed >= before - 1e-3 * last).all()
+        state.codes[:, number] = kept
+    state.refit(full)
+    assert state._adjoint((state.made() - padded) @ full).abs().max() < 0.02 * state._adjoint(padded @ full).abs().max()
+
+
+def test_vectors_are_learned_and_stored():
+    torch.manual_seed(3)
+    weight, hessian = torch.randn(60, 30), correlated(30)
+    weight[7] = 0
+    plain, calibrated = learn(weight, 4, tile=2), learn(weight, 4, None, hessian, tile=2)
+    assert error(weight, calibrated.weight, hessian) < 0.7 * error(weight, plain.weight, hessian)
+    for found in (plain, calibrated, learn(weight[:3], 8, None, hessian, tile=4), learn(weight, 4, 8, hessian, tile=4)):
+        rows, tile = len(found.weight), found.books.shape[-1]
+        group = 30 if len(found.books) == 1 else 8
+        matrix = VectorMatrix(Span(0, rows, 30), {16: 4, 256: 8}[found.books.shape[1]], group, 0, tile)
+        matrix.keep_in({"codes": found.packed}, {"codes": "codes"})
+        torch.testing.assert_close(matrix.weight(found.books.flatten()), found.weight)
+        assert torch.isfinite(found.weight).all()
+    # few vectors are kept as they are
+    few = torch.randint(1, 3, (4, 8)).float()
+    torch.testing.assert_close(learn(few, 8, tile=4).weight, few, rtol=0.02, atol=0.02)
+
+
 def test_learning_without_inputs_and_with():
     torch.manual_seed(3)
     weight = torch.randn(20, 64)
@@ -195,10 +281,10 @@ def test_every_layer_is_calibrated_on_the_compressed_ones_before_it():
     model, batches = Chain(), [torch.randn(3, 5, 8), torch.randn(2, 5, 8)]
     before = copy.deepcopy(model.state_dict())
     candidates = {n: Candidate(n, m, kind_of(m)) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    learned, hessians = {}, {}
+    learned, inputs = {}, {}
 
-    def halve(name, candidate, hessian):
-        hessians[name], learned[name] = hessian, (candidate.weight * 8).round() / 8
+    def halve(name, candidate, found):
+        inputs[name], learned[name] = found, (candidate.weight * 8).round() / 8
         return learned[name]
 
     walk = Walk(model, candidates, batches)
@@ -218,14 +304,36 @@ def test_every_layer_is_calibrated_on_the_compressed_ones_before_it():
         for other in order[:i]:
             if other.rpartition(".")[2] not in same_input or other.rpartition(".")[0] != name.rpartition(".")[0]:
                 mixed.get_submodule(other).weight.data = learned[other]
-        inputs = []
-        mixed.get_submodule(name).register_forward_pre_hook(lambda m, args, inputs=inputs: inputs.append(args[0]))
-        with torch.no_grad():
-            for batch in batches:
-                mixed(batch)
-        x, weight = torch.cat([x.flatten(0, 1) for x in inputs]), torch.cat(counts[candidates[name].module])
-        expected = (x * weight[:, None]).t() @ x / weight.sum()
-        torch.testing.assert_close(hessians[name], expected, rtol=1e-4, atol=1e-5)
+        x, dense = (inputs_of(each, name, batches) for each in (mixed, copy.deepcopy(model).eval()))
+        weighted = x * torch.cat(counts[candidates[name].module])[:, None]
+        total = torch.cat(counts[candidates[name].module]).sum()
+        torch.testing.assert_close(inputs[name].hessian, weighted.t() @ x / total, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(inputs[name].cross, dense.t() @ weighted / total, rtol=1e-4, atol=1e-5)
+
+
+def inputs_of(model, name, batches):
+    found = []
+    model.get_submodule(name).register_forward_pre_hook(lambda m, args: found.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    return torch.cat(found)
+
+
+def test_a_weight_makes_up_for_what_its_inputs_have_lost():
+    torch.manual_seed(4)
+    weight, d = torch.randn(12, 24), torch.randn(500, 24) @ torch.randn(24, 24)
+    x = d @ (torch.eye(24) + 0.1 * torch.randn(24, 24)) + 0.3 * torch.randn(500, 24)
+    hessian, cross = x.t() @ x / 500, d.t() @ x / 500
+    # least squares, in which rows of their own hold the weight where it is
+    held = (CORRECTION * hessian.diagonal().mean() * 500).sqrt() * torch.eye(24)
+    best = torch.linalg.lstsq(torch.cat([x, held]), torch.cat([d, held]) @ weight.t()).solution.t()
+    torch.testing.assert_close(corrected(weight, hessian, cross), best, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(corrected(weight, hessian, hessian), weight)
+    assert torch.equal(corrected(weight, torch.zeros(24, 24), torch.zeros(24, 24)), weight)
+    outputs = [learn(weight, 4, None, hessian, c).weight for c in (None, cross)]
+    plain, aware = ((x @ w.t() - d @ weight.t()).square().mean().item() for w in outputs)
+    assert aware < 0.7 * plain
 
 
 def test_a_walk_that_fails_leaves_the_model_as_it_was():

@@ -60,6 +60,15 @@ def test_is_forward_mode():
     assert not internals.is_forward_mode()
 
 
+def test_is_followed():
+    seen = [internals.is_followed()]
+    torch.func.vmap(lambda x: seen.append(internals.is_followed()) or x)(torch.ones(2))
+    torch.compile(lambda x: seen.append(internals.is_followed()) or x + 1, backend="eager")(torch.ones(2))
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(internals.is_followed())
+    assert seen == [False, True, True, True]
+
+
 def test_active_ddp():
     seen = []
 

@@ -1,22 +1,20 @@
 """Numba's products with codebook matrices against the definition, alone, with many threads, and in forked children."""
 
-import ctypes
-import mmap
 import os
 import sys
 import threading
 
 import pytest
 import torch
+from codebook_matrices import BEFORE, keep, lock_behind, matrix_of, psi_of, vectors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("numba")
 
-from hf_rps.mappings.base import SharedMatrix, Span
-from hf_rps.mappings.codebook import BITS, CodebookMatrix
-from hf_rps.mappings.codes import pack
+from hf_rps.mappings.base import SharedMatrix
+from hf_rps.mappings.codebook import BITS, CodebookMatrix, CodedMatrix
 from hf_rps.products.autograd import linear_by_definition, shared_linear, shared_weight
 from hf_rps.products.base import Made, choose, products_of
 from hf_rps.products.numba import threads
@@ -25,19 +23,6 @@ from hf_rps.products.numba.matrix import NumbaKernels
 from hf_rps.products.numba.product import NumbaProduct
 
 FASTER = NumbaKernels()
-BEFORE, AFTER = 3, 5  # slots of psi that belong to others
-
-
-def matrix_of(rows: int, cols: int, bits: int, group: int | None = None, seed: int = 0) -> CodebookMatrix:
-    matrix = CodebookMatrix(Span(0, rows, cols), bits, min(group or cols, cols), BEFORE)
-    draw = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 2**bits, (rows, cols), generator=draw, dtype=torch.uint8)
-    matrix.keep_in({"codes": torch.nn.Parameter(pack(codes, bits), requires_grad=False)}, {"codes": "codes"})
-    return matrix
-
-
-def psi_of(matrix: CodebookMatrix, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(BEFORE + matrix.size + AFTER, dtype=dtype)
 
 
 class Buffer:
@@ -49,7 +34,7 @@ class Buffer:
         return self.sum
 
 
-def check(matrix: CodebookMatrix, tokens: int, with_bias: bool) -> None:
+def check(matrix: CodedMatrix, tokens: int, with_bias: bool) -> None:
     """All three kernels."""
     psi, x = psi_of(matrix), torch.randn(tokens, matrix.cols)
     bias = torch.randn(matrix.rows) if with_bias else None
@@ -84,18 +69,43 @@ def test_kernels_equal_the_definition_anywhere(rows, cols, bits, group, tokens, 
     check(matrix_of(rows, cols, bits, group, seed), tokens, with_bias)
 
 
+@pytest.mark.parametrize("tile", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
+def test_kernels_of_vectors_equal_the_definition(bits, tile):
+    for i, (rows, cols) in enumerate([(1, 1), (1, 16), (2, 7), (3, 64), (5, 129), (17, 200)]):
+        check(vectors_of(rows, cols, bits, tile, (None, 8)[i % 2]), tokens=(1, 2, 5, 32)[i % 4], with_bias=bool(i % 2))
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 150), st.sampled_from(BITS), st.integers(2, 9), st.integers(1, 40),
+    st.integers(1, 34), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_kernels_of_vectors_equal_the_definition_anywhere(rows, cols, bits, tile, group, tokens, with_bias, seed):
+    check(vectors_of(rows, cols, bits, tile, group, seed), tokens, with_bias)
+
+
+def test_the_adjoint_of_vectors_is_the_same_each_time(monkeypatch):
+    """Rows of all threads add to the same books."""
+    monkeypatch.setattr(threads, "_LEAST", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    matrix, gradient = vectors_of(64, 48, 8, 4), torch.randn(64, 48)
+    found = []
+    for _ in range(20):
+        found.append(torch.zeros(BEFORE + matrix.size))
+        assert FASTER.add_adjoint(matrix, found[-1], gradient)
+    expected = torch.zeros(BEFORE + matrix.size, dtype=torch.float64)
+    SharedMatrix.add_adjoint(matrix, expected, gradient.double())
+    torch.testing.assert_close(found[0].double(), expected, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the page behind the codes is locked by Linux's mprotect")
 @pytest.mark.parametrize("bits", BITS)
 def test_nothing_is_read_beyond_the_last_codes(bits):
     """Here what comes after them is a page that nobody may read: the process would end."""
     matrix = matrix_of(32, 1024, bits)
-    codes, page = matrix.codes, mmap.PAGESIZE
-    assert codes.numel() % page == 0
-    pages = torch.frombuffer(mmap.mmap(-1, codes.numel() + page), dtype=torch.uint8)
-    memory = pages[: codes.numel()].view(codes.shape).copy_(codes)
-    behind = ctypes.c_void_p(pages.data_ptr() + codes.numel())
-    assert ctypes.CDLL(None).mprotect(behind, ctypes.c_size_t(page), 0) == 0
-    matrix.keep_in({"codes": memory}, {"codes": "codes"})
+    lock_behind(matrix)
     check(matrix, 2, with_bias=False)
 
 
@@ -117,7 +127,7 @@ def test_what_is_not_contiguous():
     SharedMatrix.add_adjoint(matrix, other, gradient)
     torch.testing.assert_close(one, other)
     wide = torch.zeros(6, 2 * matrix.codes.shape[1], dtype=torch.uint8)[:, ::2]
-    matrix.keep_in({"codes": wide}, {"codes": "codes"})
+    keep(matrix, wide)
     assert FASTER.make(matrix, psi) is None
     assert matrix.make(psi).equal(matrix.weight(psi))
 

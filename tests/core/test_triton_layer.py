@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from triton_cases import (
     DEVICE,
+    array,
     distance,
     layer_of,
     of_the_definition,
@@ -15,6 +16,7 @@ from triton_cases import (
 )
 
 from hf_rps.products.triton import launch
+from hf_rps.products.triton.matrix import usable
 from hf_rps.products.triton.product import TritonProduct
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -71,6 +73,20 @@ def test_what_does_not_fit_is_refused_as_by_torch(weight_map):
     layer = layer_of(weight_map)
     with torch.no_grad(), pytest.raises(RuntimeError):
         layer(torch.randn(2, layer.in_features + 1, device=DEVICE))
+    assert not launch._failures
+
+
+@triton_runs
+def test_tangents_are_carried_on(weight_map):
+    """Forward-mode differentiation sees no kernel."""
+    product = TritonProduct(weight_map.matrix("it"))
+    psi, x = array(weight_map), torch.randn(2, product.matrix.cols, device=DEVICE)
+    weight, tangent = product.matrix.weight(psi), torch.randn_like(x)
+    assert usable(x)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        assert not usable(x)
+        y = product.linear(torch.autograd.forward_ad.make_dual(x, tangent), psi, None)
+        assert distance(torch.autograd.forward_ad.unpack_dual(y).tangent, tangent @ weight.t()) < 1e-5
     assert not launch._failures
 
 

@@ -1,7 +1,7 @@
 """Two gloo processes agree with one: DDP (also with checkpointing) and FSDP2, gradients and parameters after steps.
 
-For compressed models ("native") and for PEFT models with an RPS adapter ("replace", "delta"). Then: the bytes that DDP
-reduces.
+For compressed models ("native", "learned") and for PEFT models with an RPS adapter ("replace", "delta", "codebooks").
+Then: the bytes that DDP reduces.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from hf_rps import RPSConfig, get_rps_model, size_report
 from hf_rps.conversion import find_bank
 
 FORMS = ["ddp", "ddp checkpoint", "ddp static checkpoint reentrant", "fsdp", "fsdp reshard", "fsdp reshard checkpoint"]
-MODES = ["native", "learned", "replace", "delta"]
+MODES = ["native", "learned", "replace", "delta", "codebooks"]
 SCRIPT = """
     from peft import get_peft_model
     from torch.nn.parallel import DistributedDataParallel
@@ -33,6 +33,9 @@ SCRIPT = """
             model = get_rps_model(base, RPSConfig(ratio=0.15))
         elif mode == "learned":
             model = get_rps_model(base, RPSConfig(mapping="codebook", bits=3))
+        elif mode == "codebooks":
+            base = get_rps_model(base, RPSConfig(mapping="codebook", bits=3))
+            model = get_peft_model(base, RPSConfig(mapping="codebook"))
         else:
             model = get_peft_model(base, RPSConfig(ratio=0.15, mode=mode))
         read(model, way)
@@ -52,7 +55,8 @@ SCRIPT = """
                 fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
             fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
         trained = [p for p in wrapped.parameters() if p.requires_grad]
-        psi = base.model.rps.psi if mode in ("native", "learned") else base.rps.rps_banks["default"].psi
+        adapters = base.adapters_rps if mode == "codebooks" else None if model is base else base.rps
+        psi = base.model.rps.psi if adapters is None else adapters.rps_banks["default"].psi
         optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
         data = torch.arange(4 * 9).view(4, 9) * 7 % 50
         gradients = []

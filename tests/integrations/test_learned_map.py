@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny_models import CASES
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import AutoModel, AutoModelForMaskedLM, ResNetConfig, ResNetForImageClassification
 
 import hf_rps
 from hf_rps import RPSConfig, get_rps_config, get_rps_model, size_report, to_dense
@@ -19,6 +19,7 @@ from hf_rps.mappings.codes import packed_size
 
 BY_NAME = {case.name: case for case in CASES}
 LEARNED = {"mapping": "codebook", "bits": 2}
+VECTORS = {"mapping": "codebook", "bits": 4, "tile": 2}
 
 
 def first(output):
@@ -31,15 +32,17 @@ def distance(model, dense, batch):
         return ((first(model(**batch)) - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("name", sorted(BY_NAME))
-def test_every_architecture(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, LEARNED) for name in sorted(BY_NAME)] + [("llama", VECTORS), ("gpt2", VECTORS)]
+)
+def test_every_architecture(name, options, tmp_path):
     """Calibrated it is nearer to the dense model than by k-means alone, and reloads bit-equal."""
     case = BY_NAME[name]
     dense, batches = case.build(), [case.batch(seed) for seed in (1, 2)]
-    plain = get_rps_model(copy.deepcopy(dense), RPSConfig(**LEARNED))
+    plain = get_rps_model(copy.deepcopy(dense), RPSConfig(**options))
     model = copy.deepcopy(dense)
     mode, state = model.training, copy.deepcopy(model.state_dict())
-    model = get_rps_model(model, RPSConfig(**LEARNED), calibration=batches)
+    model = get_rps_model(model, RPSConfig(**options), calibration=batches)
     assert model.training == mode
     shared = {f"{layer_name}.{layer.parameter}" for layer_name, layer in shared_layers(model).items()}
     for key, value in model.state_dict().items():
@@ -57,12 +60,13 @@ def test_every_architecture(name, tmp_path):
         assert torch.equal(again.get_submodule(layer_name).weight, weight)
 
 
-def test_convolutions_learn_from_their_weights(tmp_path):
+@pytest.mark.parametrize("tile", [1, 2])
+def test_convolutions_learn_from_their_weights(tile, tmp_path):
     config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=3)
     torch.manual_seed(0)
     dense, x = ResNetForImageClassification(config).eval(), torch.randn(2, 3, 32, 32)
     model = get_rps_model(
-        copy.deepcopy(dense), RPSConfig(mapping="codebook", bits=4), calibration=[{"pixel_values": x}]
+        copy.deepcopy(dense), RPSConfig(mapping="codebook", bits=4 * tile, tile=tile), calibration=[{"pixel_values": x}]
     )
     assert distance(model, dense, {"pixel_values": x}) < 0.2
     model.save_pretrained(tmp_path)
@@ -76,9 +80,10 @@ def llama():
     return BY_NAME["llama"].build(), BY_NAME["llama"].batch()
 
 
-def test_a_new_process_loads_it_and_a_mixed_file_is_refused(llama, tmp_path):
+@pytest.mark.parametrize("options", [LEARNED, VECTORS])
+def test_a_new_process_loads_it_and_a_mixed_file_is_refused(llama, options, tmp_path):
     dense, batch = llama
-    model = get_rps_model(copy.deepcopy(dense), RPSConfig(**LEARNED), calibration=[batch])
+    model = get_rps_model(copy.deepcopy(dense), RPSConfig(**options), calibration=[batch])
     model.save_pretrained(tmp_path / "a")
     torch.save({"batch": batch, "output": first(model(**batch)).detach()}, tmp_path / "expected.pt")
     code = (
@@ -88,7 +93,7 @@ def test_a_new_process_loads_it_and_a_mixed_file_is_refused(llama, tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     # other codes of the same model have other names: neither its files nor its state dict load here
-    other = get_rps_model(copy.deepcopy(dense), RPSConfig(**LEARNED))
+    other = get_rps_model(copy.deepcopy(dense), RPSConfig(**options))
     assert find_bank(other).weight_map.fingerprint != find_bank(model).weight_map.fingerprint
     with pytest.raises(RuntimeError, match="belongs to the map"):
         other.load_state_dict(model.state_dict())
@@ -114,11 +119,18 @@ def test_the_file_is_as_small_as_its_parts(llama, tmp_path):
     assert report.bytes == sum(p.numel() * p.element_size() for p in model.parameters())
     assert report.dense_bytes == 4 * report.dense_parameters
     assert f"{8 * (codes + 4 * bank.psi.numel()) / report.n:.2f} bits" in str(report)
+    # vectors: a code for two weights, books of the matrix, and two bytes of each row for its scale
+    model = get_rps_model(BY_NAME["llama"].build(), RPSConfig(**VECTORS))
+    targets = [layer.shared.target for layer in shared_layers(model).values()]
+    assert find_bank(model).psi.numel() == len(targets) * 16 * 2
+    found = sum(target.out_features * (packed_size(target.in_features // 2, 4) + 2) for target in targets)
+    assert size_report(model).code_bytes == found
 
 
-def test_only_the_codebooks_are_trained(llama):
+@pytest.mark.parametrize("options", [LEARNED, VECTORS])
+def test_only_the_codebooks_are_trained(llama, options):
     dense, batch = llama
-    model = get_rps_model(dense, RPSConfig(**LEARNED), calibration=[batch]).train()
+    model = get_rps_model(dense, RPSConfig(**options), calibration=[batch]).train()
     model.requires_grad_(False).requires_grad_(True)
     codes = {name: p.clone() for name, p in model.named_parameters() if not p.is_floating_point()}
     assert len(codes) == len(shared_layers(model))
@@ -134,9 +146,10 @@ def test_only_the_codebooks_are_trained(llama):
     assert all(torch.equal(p, codes[name]) for name, p in model.named_parameters() if name in codes)
 
 
-def test_its_gradient_is_that_of_the_definition(llama):
+@pytest.mark.parametrize("options", [LEARNED, VECTORS])
+def test_its_gradient_is_that_of_the_definition(llama, options):
     dense, batch = llama
-    model = get_rps_model(dense, RPSConfig(**LEARNED, grad_scaling="none"))
+    model = get_rps_model(dense, RPSConfig(**options, grad_scaling="none"))
     model(**batch, labels=batch["input_ids"]).loss.backward()
     found = find_bank(model).psi.grad.clone()
     plain = to_dense(copy.deepcopy(model))
@@ -148,9 +161,26 @@ def test_its_gradient_is_that_of_the_definition(llama):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_copy_a_cast_and_the_same_map_again(llama):
+def test_a_class_without_some_of_the_layers_trains(tmp_path):
+    """Of the pooler's codebooks, which nobody reads there, the gradient is zero."""
+    case = BY_NAME["bert"]
+    model = get_rps_model(AutoModel.from_config(case.build().config), RPSConfig(**LEARNED))
+    model.save_pretrained(tmp_path)
+    headed = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    names = {layer.name for layer in shared_layers(headed).values()}
+    unused = [t for t in find_bank(headed).weight_map.targets if t.name not in names]
+    assert [target.name for target in unused] == ["pooler.dense"]
+    headed(**case.batch()).logits.square().sum().backward()
+    gradient = find_bank(headed).psi.grad
+    assert gradient.isfinite().all()
+    assert gradient.norm() > 0
+    assert (find_bank(headed).array.matrices["pooler.dense"].books(gradient) == 0).all()
+
+
+@pytest.mark.parametrize("options", [LEARNED, VECTORS])
+def test_a_copy_a_cast_and_the_same_map_again(llama, options):
     dense, batch = llama
-    model = get_rps_model(copy.deepcopy(dense), RPSConfig(**LEARNED))
+    model = get_rps_model(copy.deepcopy(dense), RPSConfig(**options))
     twin = copy.deepcopy(model)
     with torch.no_grad():
         find_bank(twin).psi.mul_(2)
@@ -191,6 +221,9 @@ def test_texts_need_a_tokenizer(llama, caplog):
     [
         ({"bits": 5}, "bits=5"),
         ({"bits": 4, "group_size": 0}, "group_size=0"),
+        ({"tile": 0}, "tile=0"),
+        ({"tile": 3, "group_size": 64}, "group_size=64 is no multiple of tile=3"),
+        ({"mapping": "fold", "tile": 2}, "tile=2 has no meaning with mapping='fold'"),
         ({"ratio": 0.1}, "ratio=0.1 has no meaning with mapping='codebook': what is stored follows from bits=4"),
         ({"mode": "delta"}, "mode='delta' has no meaning"),
         ({"sharing": "block"}, "sharing='block' has no meaning"),
@@ -207,8 +240,6 @@ def test_a_config_without_meaning(options, message):
 
 
 def test_refused_before_anything_is_changed(llama):
-    from peft import get_peft_model
-
     dense, batch = llama
     state = copy.deepcopy(dense.state_dict())
     for options, calibration, message in (
@@ -220,8 +251,6 @@ def test_refused_before_anything_is_changed(llama):
     ):
         with pytest.raises(ValueError, match=message):
             get_rps_model(dense, RPSConfig(**options), calibration=calibration)
-    with pytest.raises(ValueError, match="adapters have no learned map"):
-        get_peft_model(dense, RPSConfig(**LEARNED))
     assert not shared_layers(dense)
     assert all(torch.equal(value, state[key]) for key, value in dense.state_dict().items())
 
@@ -230,5 +259,5 @@ def test_the_config_of_other_models_does_not_mention_it(llama, tmp_path):
     dense, _ = llama
     get_rps_model(dense, RPSConfig(ratio=0.5)).save_pretrained(tmp_path)
     recorded = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert not {"bits", "group_size", "learned"} & recorded.keys()
+    assert not {"bits", "group_size", "tile", "learned"} & recorded.keys()
     assert hf_rps.RPSConfig().ratio == 0.1

@@ -204,6 +204,16 @@ def test_a_compressed_model_is_not_made_by_the_wrong_door(tiny):
         size_report(model)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_adapter_per_sample_is_refused(tiny, ids, mode):
+    """PEFT passes over it without a word."""
+    model = get_peft_model(tiny(), config(mode))
+    with pytest.raises(ValueError, match=r"adapter_names=\['default', 'default'\].*set_adapter"):
+        model(input_ids=ids, adapter_names=["default", "default"])
+    with pytest.raises(ValueError, match="a batch reads one RPS adapter"):
+        model.generate(input_ids=ids, adapter_names=["default", "default"], max_new_tokens=1)
+
+
 def test_data_parallel_is_refused(tiny):
     layer = next(iter(layers(get_peft_model(tiny(), config("delta"))).values()))
     with pytest.raises(RuntimeError, match="one process per GPU"):

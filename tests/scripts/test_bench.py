@@ -22,9 +22,13 @@ SETTINGS = Settings(
     batches=(1, 2),
     command="python scripts/bench.py",
 )
-OURS = tuple(Subject(form, 0.1) for form in FORMS)
+OURS = tuple(Subject(form, 3 if form == "codebook" else 0.1) for form in FORMS)
+VIEWS, CODEBOOK = OURS[0], OURS[FORMS.index("codebook")]
 FIELDS = {"work", "model", "case", "form", "ratio", "threads", "device", "dtype", "part", "n", "m", "torch", "command"}
-TIMES = {"time_ratio", "time_ratio_low", "time_ratio_high", "milliseconds", "dense_milliseconds", "peak_mib"}
+TIMES = {
+    "time_ratio", "time_ratio_low", "time_ratio_high", "milliseconds", "dense_milliseconds", "peak_mib",
+    "parameters_ratio", "parameters_mib", "dense_parameters_mib",
+}  # fmt: skip
 # the names and signatures of FakeRoast that the benchmark uses; half of its array's gradient is its "scaled" one
 STAND_IN = """
 import torch
@@ -96,11 +100,11 @@ def rows_of(work, subjects, settings=SETTINGS, model="tiny"):
     [
         ("stack", OURS, ["forward, 1 token", "forward + backward, 1 token"]),
         ("step", OURS, ["AdamW step, 4 tokens"]),
-        ("prefill", OURS[:1], ["prefill, 8 tokens"]),
-        ("decode", OURS[:1], ["decode, 1 token", "decode, 1 token, batch 2"]),
-        ("save", OURS[:1], ["save_pretrained"]),
-        ("load", OURS[:1], ["from_pretrained"]),
-        ("convolution", OURS[:1], ["forward, batch 8, 64 x 64 pixels"]),
+        ("prefill", (VIEWS, CODEBOOK), ["prefill, 8 tokens"]),
+        ("decode", (VIEWS, CODEBOOK), ["decode, 1 token", "decode, 1 token, batch 2"]),
+        ("save", (VIEWS, CODEBOOK), ["save_pretrained"]),
+        ("load", (VIEWS, CODEBOOK), ["from_pretrained"]),
+        ("convolution", (VIEWS, Subject("codebook", 2)), ["forward, batch 8, 64 x 64 pixels"]),
         ("adapter", ADAPTERS, ["fine-tuning step, 4 tokens"]),
     ],
 )
@@ -115,7 +119,23 @@ def test_timed_works(work, subjects, cases):
         found = [row["case"] for row in rows if (row["form"], row["ratio"]) == (subject.form, subject.ratio)]
         assert set(cases) <= set(found)
     if work in ("save", "load"):
-        assert 0 < rows[0]["file_ratio"] < 0.5
+        assert all(0 < row["file_ratio"] < 0.5 for row in rows)
+
+
+def test_what_the_weights_take():
+    """Codes, codebooks and the rest are all parameters; others have no codes."""
+    views, codebook = rows_of("prefill", (VIEWS, CODEBOOK))
+    model = build("prefill", "tiny", CODEBOOK, SETTINGS).model
+    sizes = size_report(model)
+    assert codebook["parameters_mib"] * 2**20 == sizes.bytes
+    assert codebook["dense_parameters_mib"] * 2**20 == sizes.dense_bytes
+    assert codebook["codes_mib"] * 2**20 == sizes.code_bytes == 3 / 8 * codebook["n"]
+    assert codebook["codebooks_mib"] * 2**20 == sizes.codebook_bytes == 4 * codebook["m"]
+    assert codebook["parameters_ratio"] == sizes.bytes / sizes.dense_bytes
+    assert codebook["dense_parameters_mib"] == views["dense_parameters_mib"]
+    assert "codes_mib" not in views
+    assert "flops_ratio" not in codebook, "torch counts no product of our own kernels"
+    assert views["flops_ratio"] == pytest.approx(1)
 
 
 def test_operations_are_counted():
@@ -142,8 +162,10 @@ def test_memory_is_counted():
         assert row["predicted_mib"] == pytest.approx(row["state_mib"] + row["saved_mib"])
         assert row["measured_mib"] == pytest.approx(row["predicted_mib"] + row["transients_mib"])
         assert row["saved_mib"] > 0
-    views, folded, gather, cat = others
+    views, folded, codebook, gather, cat = others
     assert folded["targets_ratio"] < 0.5
+    stored = 3 / 8 / 16 + codebook["m"] / codebook["n"]  # the codes, without a gradient or moments, and the codebooks
+    assert stored < codebook["targets_ratio"] < stored + codebook["m"] / codebook["n"], "and Gamma of the codebooks"
     assert 0.1 < views["targets_ratio"] == pytest.approx(cat["targets_ratio"], rel=0.1)
     assert gather["targets_ratio"] > 0.75 + 0.1  # 8 bytes of index and 4 of factor, over 16, and the array's
     assert views["targets_ratio"] < 0.5
@@ -159,8 +181,8 @@ def test_reduced_bytes_are_those_of_the_parameters():
 
 @pytest.mark.slow
 def test_compiled():
-    (row,) = rows_of("compiled", OURS[:1])
-    assert row.keys() >= FIELDS | TIMES
+    for row in rows_of("compiled", (VIEWS, CODEBOOK)):
+        assert row.keys() >= FIELDS | TIMES
 
 
 def test_part_shortens_the_large_llama():

@@ -62,10 +62,19 @@ def test_every_default_fits_its_work():
 
 def test_slow_forms_come_at_one_ratio_unless_asked_for():
     views, folded, gather = ((Subject(form, 0.1), Subject(form, 0.01)) for form in ("views", "folded", "gather"))
-    assert subjects_of("stack", None, [0.1, 0.01], ["fakeroast"]) == (
+    assert subjects_of("stack", None, [0.1, 0.01], ["fakeroast"], [4]) == (
         views[0], folded[0], gather[0], Subject("cat", 0.1), Subject("fakeroast", 0.1), views[1], folded[1],
+        Subject("codebook", 4),
     )  # fmt: skip
-    assert subjects_of("load", ["gather", "cat"], [0.1, 0.01], ["fakeroast"]) == gather
+    assert subjects_of("load", ["gather", "cat"], [0.1, 0.01], ["fakeroast"], [4]) == gather
+
+
+def test_codebooks_come_with_every_number_of_bits_and_no_ratio():
+    assert subjects_of("decode", ["codebook"], [0.1, 0.01], [], [4, 3]) == (
+        Subject("codebook", 4), Subject("codebook", 3),
+    )  # fmt: skip
+    assert Subject("codebook", 4).name == "codebook 4 bits"
+    assert not subjects_of("decode", None, [], [], [4])
 
 
 def test_cases_say_what_they_are():
@@ -100,6 +109,7 @@ def test_plots(tmp_path):
     assert [path.name for path in written] == [*models, "stack-size.png"]
     assert all(path.stat().st_size > 10_000 for path in written)
     assert report.plots(rows[:1], tmp_path) == []
+    assert report.plots([timed_row("codebook", bits) for bits in (4, 3)], tmp_path) == [], "bits are no ratio"
 
 
 def test_cost_model():

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from hf_rps.conversion import shared_layers
 from hf_rps.integrations.peft.bank import AdapterBank
 from hf_rps.integrations.peft.config import ADAPTER_FORMAT, RPSConfig
 from hf_rps.mappings.weight_map import WeightMap
@@ -82,9 +83,20 @@ def check_tensors(
         )
 
 
+def learnable_biases(model: nn.Module, state: dict[str, torch.Tensor], config: RPSConfig) -> dict[str, torch.Tensor]:
+    """Of ``state``, the biases that an adapter trains: PEFT's choice, which knows the layers that an adapter wraps, and
+    with "rps_only" those of compressed layers, which read its codebooks as they are."""
+    found = BaseTuner._get_learnable_bias_state_dict(model, state, config)
+    if config.bias == "rps_only":
+        layers = {name for name, layer in shared_layers(model).items() if layer.bank.substitutes is not None}
+        keys = [f"{name.removeprefix('_fsdp_wrapped_module.')}.bias" for name in layers]
+        found |= {key: state[key] for key in keys if key in state}
+    return found
+
+
 def _others(model: nn.Module, config: RPSConfig, name: str, translated: bool) -> set[str]:
     """The names of what an adapter trains beside its array."""
-    keys = BaseTuner._get_learnable_bias_state_dict(model, model.state_dict(), config)
+    keys = learnable_biases(model, model.state_dict(), config)
     keys = [key for key in keys if not _IN_WRAPPERS.search(key)]  # which come by the wrappers' own names
     for module_name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):

@@ -11,7 +11,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from hf_rps.mappings.weight_map import WeightMap
 from hf_rps.psi.bank import ArrayOwner
 from hf_rps.psi.passes import Reading
 
@@ -35,8 +34,8 @@ class AdapterArray(ArrayOwner):
     The others are those of :class:`hf_rps.psi.bank.ArrayOwner`.
     """
 
-    def __init__(self, adapters: AdapterBank, weight_map: WeightMap, grad_scaling: str, device=None, dtype=None):
-        super().__init__(weight_map, grad_scaling, device, dtype)
+    def __init__(self, adapters: AdapterBank, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.__dict__["adapters"] = adapters
 
     def _psi_elsewhere(self) -> torch.Tensor:
@@ -111,9 +110,9 @@ class AdapterBank(nn.Module, RPSTunerLayer):
     weight = property(lambda self: None)  # those of BaseTunerLayer look for a base layer
     bias = property(lambda self: None)
 
-    def add(self, adapter_name: str, weight_map: WeightMap, grad_scaling: str, device, dtype) -> AdapterArray:
-        """Make the array of an adapter, uninitialised and frozen."""
-        array = AdapterArray(self, weight_map, grad_scaling, device, dtype).requires_grad_(False)
+    def add(self, adapter_name: str, *args, **kwargs) -> AdapterArray:
+        """Make the array of an adapter, uninitialised and frozen; the other arguments are those of ArrayOwner."""
+        array = AdapterArray(self, *args, **kwargs).requires_grad_(False)
         self.rps_banks[adapter_name] = array
         return array
 

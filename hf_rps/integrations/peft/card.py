@@ -33,6 +33,7 @@ model = {auto_class}.from_pretrained("{repository}")
 _KINDS = {
     "replace": "The adapter holds the weights of the modules themselves; the base model's are not used.",
     "delta": "The adapter is added to the weights of the base model and can be merged into them.",
+    "learned": "The adapter is codebooks in the place of the base model's and needs just that compressed model.",
 }
 
 
@@ -56,7 +57,7 @@ def write_card(folder: Path, config) -> None:
         repository=REPOSITORY,
         version=__version__,
         auto_class=_CLASSES.get(task, "AutoPeftModel"),
-        kind=_KINDS[config.mode],
+        kind=_KINDS[config.mode if weight_map.learned is None else "learned"],
         n=weight_map.n,
         m=weight_map.m,
         count=len(weight_map.targets),

@@ -48,9 +48,15 @@ class RPSConfig(RPSSettings, PeftConfig):
             and "hash" (a hash per weight, HashedNets, ICML 2015) are slow forms, for comparison. "codebook" is for
             pretrained models: every row of a weight has a few numbers of its own, each weight is one of them, and
             which is learned (``calibration`` of :func:`hf_rps.get_rps_model`) and stored in ``bits``. The shared array
-            is all the codebooks. Not with PEFT.
+            is all the codebooks. With PEFT it is for adapters of a model that is compressed so already: codebooks of
+            their own, for all its compressed layers. What is left out then (``bits``, ``group_size``, ``seed``) is the
+            model's; anything else raises.
         bits: Of a weight's code, 2, 3, 4 (default) or 8, with ``mapping="codebook"``; a codebook has 2**bits numbers.
         group_size: How many weights of a row share a codebook, with ``mapping="codebook"``. None (default): all.
+        tile: How many weights side by side share one code, with ``mapping="codebook"``; default 1. More make a codebook
+            one of vectors, which all rows of a matrix read (of ``group_size`` columns), each with a scale of its own,
+            for two bits a weight and fewer: bits=8 and tile=4 take 8 / 4 bits a weight and what codebooks and scales
+            need, and keep more than bits=2 (docs/pretrained.md).
         sign: "row", one hashed sign per output row, which is free; "element", one per weight, the paper's exact form
             and slow; "none".
         input_fold: How many times a layer's input is folded before the product, which divides the multiplications by
@@ -115,6 +121,8 @@ class RPSConfig(RPSSettings, PeftConfig):
         modules = [str(target) for target in self.recorded.targets]
         found = self.recorded
         record = {"modules": modules, "fingerprint": found.fingerprint, "init_std": found.init_std}
+        if found.learned is not None:  # the base's map, whatever was left out
+            record |= {"seed": found.seed, "learned": found.learned} | found.options
         return super().to_dict() | record | {"format_version": ADAPTER_FORMAT}
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:

@@ -12,6 +12,7 @@ import math
 import torch
 from peft.utils import ModulesToSaveWrapper
 
+from hf_rps.integrations.peft.bank import AdapterBank
 from hf_rps.mappings.weight_map import WeightMap
 from hf_rps.psi.array import Source
 
@@ -76,11 +77,11 @@ class WeightedAdapters:
 
 def _source(tuner: WeightedAdapters, adapter_name: str) -> Source:
     """Where the layers of an adapter find its array."""
-    layers = (getattr(module, "shared", None) for module in tuner.model.modules())
-    shared = next(layer[adapter_name] for layer in layers if isinstance(layer, dict) and adapter_name in layer)
-    if shared.source.psi.is_meta:
+    bank = next(module for module in tuner.model.modules() if isinstance(module, AdapterBank))
+    source = bank.rps_banks[adapter_name]
+    if source.psi.is_meta:
         raise ValueError(f"the weights of adapter {adapter_name!r} have not been loaded yet; load them first")
-    return shared.source
+    return source
 
 
 def _common_map(adapters: list[str], maps: list[WeightMap]) -> WeightMap:

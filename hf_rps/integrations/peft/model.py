@@ -8,23 +8,27 @@ tensor beside the array in the file names it, so that an adapter never loads ont
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs, register_peft_method
 from torch import nn
 
-from hf_rps.conversion import find_bank, watch_passes
+from hf_rps.conversion import find_banks, shared_layers, watch_passes
 from hf_rps.initial import initialise
-from hf_rps.integrations.peft.adapter_files import check_tensors, sentinel_shape
+from hf_rps.integrations.peft.adapter_files import check_tensors, learnable_biases, sentinel_shape
 from hf_rps.integrations.peft.bank import AdapterArray, AdapterBank, RPSTunerLayer
+from hf_rps.integrations.peft.codebooks import CodebookBank, base_bank
 from hf_rps.integrations.peft.config import ADAPTER_FORMAT, RPSConfig
 from hf_rps.integrations.peft.layers import AdapterLinear, DeltaLinear, ReplaceLinear
 from hf_rps.integrations.peft.merging import WeightedAdapters
 from hf_rps.integrations.peft.peft_type import RPS
 from hf_rps.integrations.peft.targets import adapter_targets
+from hf_rps.layers.base import RPSLayer
 from hf_rps.layers.kinds import Candidate
-from hf_rps.names import BANK_NAME
+from hf_rps.names import ADAPTERS_NAME, BANK_NAME
 from hf_rps.psi.weight import SharedWeight
 from hf_rps.targets import is_explicit
 
@@ -33,7 +37,8 @@ class RPSModel(WeightedAdapters, BaseTuner):
     """The tuner: a model some of whose linear layers read RPS adapters.
 
     ``RPSConfig(mode="replace")`` (default) puts shared weights in the place of the dense ones, which are freed;
-    ``mode="delta"`` adds shared weights to them. The two don't mix on one model.
+    ``mode="delta"`` adds shared weights to them. The two don't mix on one model. On a model that is compressed with a
+    learned map an adapter has codebooks of its own, and layers stay as they are (:mod:`.codebooks`).
 
     Raises:
         ValueError: The config or the model does not fit; nothing is changed then.
@@ -65,18 +70,10 @@ class RPSModel(WeightedAdapters, BaseTuner):
 
     def _prepare_model(self, peft_config: RPSConfig, model: nn.Module) -> None:
         """Choose the targets and make their map, with all the errors that there may be."""
-        self._candidates: dict[str, Candidate] = {}
-        if peft_config.is_learned:
-            raise ValueError(
-                f"adapters have no learned map, got RPSConfig(mapping={peft_config.mapping!r}); compress the model "
-                f"with hf_rps.get_rps_model(model, config, calibration=...) and train it as it is: only its codebooks, "
-                f"and what is not compressed, are trained"
-            )
-        if find_bank(model) is not None:
-            raise ValueError(
-                f"this {type(model).__name__} is compressed already (get_rps_model); train it as it is, or call "
-                f"hf_rps.to_dense(model) first"
-            )
+        self._forget()
+        if peft_config.is_learned or find_banks(model):
+            self.__dict__["_base"] = base_bank(model, peft_config)
+            return
         if not isinstance(getattr(model, BANK_NAME, None), (AdapterBank, type(None))):
             raise ValueError(
                 f"{type(model).__name__} has an attribute {BANK_NAME!r} of its own, where the bank must go"
@@ -90,12 +87,19 @@ class RPSModel(WeightedAdapters, BaseTuner):
         self._candidates = {c.name: c for c in candidates}
         self._weight_map = weight_map
 
+    def _forget(self) -> None:
+        """Forget what :meth:`_prepare_model` has found."""
+        self._candidates: dict[str, Candidate] = {}
+        self.__dict__["_base"] = None  # a Bank, unregistered: the one whose array an adapter gets a substitute of
+
     def _check_target_module_exists(self, peft_config: RPSConfig, key: str):
         """True for the targets chosen; else what PEFT says of modules that are not targets (excluded, or no match)."""
-        if self._candidates:  # during injection
+        module = self.model.get_submodule(key)
+        if isinstance(module, RPSLayer):
+            chosen = module.bank is self._base or module.bank.substitutes is not None
+        elif self._candidates:  # during injection
             chosen = key in self._candidates
         else:
-            module = self.model.get_submodule(key)
             names = [name for name, config in self.peft_config.items() if config is peft_config]
             chosen = isinstance(module, AdapterLinear) and not module.shared.keys().isdisjoint(names)
         if chosen or peft_config.target_modules is None:
@@ -121,17 +125,19 @@ class RPSModel(WeightedAdapters, BaseTuner):
         target_modules = config.target_modules
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-            if self._candidates:
+            if self._base is not None:
+                self._add_codebooks(model, adapter_name, low_cpu_mem_usage)
+            elif self._candidates:
                 self._add_array(model, adapter_name, low_cpu_mem_usage)
         finally:
             # the user's config stays as it is, good for other models; what it led to is recorded beside its fields
             config.target_modules = target_modules
-            self._candidates = {}
+            self._forget()
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        if isinstance(target, AdapterLinear):  # wrapped since an earlier adapter
+        if isinstance(target, (AdapterLinear, RPSLayer)):  # wrapped since an earlier adapter; or compressed: it stays
             return
         if peft_config.mode == "replace":
             layer = ReplaceLinear(target)
@@ -146,6 +152,33 @@ class RPSModel(WeightedAdapters, BaseTuner):
                 if module is child and other is not new_module:
                     other._modules[name] = new_module
         super()._replace_module(parent, child_name, new_module, child)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        if self._base is not None and any(self.peft_config[name].bias == "rps_only" for name in self.active_adapters):
+            for layer in shared_layers(model).values():
+                if layer.bias is not None:
+                    layer.bias.requires_grad_(True)
+
+    def _add_codebooks(self, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+        """Make the adapter's array, which the compressed layers read while it is active."""
+        bank = getattr(model, ADAPTERS_NAME, None)
+        if bank is None or bank.base is not self._base:  # that of a model that was made dense since, without adapters
+            bank = CodebookBank(self._base)
+            model.add_module(ADAPTERS_NAME, bank)
+            bank.set_adapter(self.active_adapters)
+        array = bank.add_copy(adapter_name, self.peft_config[adapter_name].grad_scaling, low_cpu_mem_usage)
+        self._introduce(model, adapter_name, bank, array)
+
+    def _introduce(self, model: nn.Module, adapter_name: str, bank: AdapterBank, array: AdapterArray) -> None:
+        """What is the same for all new arrays: trained if active, read in passes, expected where it is loaded."""
+        config = self.peft_config[adapter_name]
+        array.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        watch_passes(model, array.array.passes)
+        if config.modules is not None:
+            shape = sentinel_shape(array.weight_map, config.mode, config.format_version)
+            bank.expect(adapter_name, shape, legacy=config.format_version is None and self._base is None)
+        config.record(array.weight_map)
 
     def _add_array(self, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool) -> None:
         """Make the adapter's array and let the layers read it. In replace mode the dense weights go."""
@@ -163,25 +196,41 @@ class RPSModel(WeightedAdapters, BaseTuner):
         array = bank.add(adapter_name, weight_map, config.grad_scaling, device, dtype)
         if not low_cpu_mem_usage:
             _initialise(array, candidates, config)
-        array.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         for target, candidate in zip(weight_map.targets, candidates, strict=True):
             layer = model.get_submodule(candidate.name)
             layer.shared[adapter_name] = SharedWeight(target.name, array)
             if isinstance(layer, ReplaceLinear) and layer.shared.keys() == set(bank.rps_banks):
                 layer.free_base()
-        watch_passes(model, array.array.passes)
-        if config.modules is not None:
-            shape = sentinel_shape(weight_map, config.mode, config.format_version)
-            bank.expect(adapter_name, shape, legacy=config.format_version is None)
-        config.record(weight_map)
+        self._introduce(model, adapter_name, bank, array)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
-        bank = getattr(self.model, BANK_NAME, None)
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        if bank is not None:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        banks = {name: module for name, module in self.model._modules.items() if isinstance(module, AdapterBank)}
+        for bank in banks.values():
+            if isinstance(bank, CodebookBank):
+                bank.settle(merge, safe_merge, adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for name, bank in banks.items():
             bank.close()
-            delattr(model, BANK_NAME)
+            delattr(model, name)
         return model
+
+    # ---- forward
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names=None, **kwargs):
+        """Refuse what PEFT passes over without a word where a method does not know it."""
+        if adapter_names is not None:
+            raise ValueError(
+                f"got adapter_names={adapter_names!r}, an adapter for every sample, and a batch reads one RPS adapter; "
+                f"choose it by set_adapter, and run the samples of each adapter by themselves"
+            )
+        yield
 
     # ---- state dicts
 
@@ -197,6 +246,10 @@ class RPSModel(WeightedAdapters, BaseTuner):
                 shape = sentinel_shape(array.weight_map, config.mode)
                 to_save[f"{key.partition('rps_banks')[0]}rps_map"] = torch.empty(shape)
         return to_save
+
+    @classmethod
+    def _get_learnable_bias_state_dict(cls, model, state_dict, config):
+        return learnable_biases(model, state_dict, config)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

@@ -16,11 +16,12 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from hf_rps.conversion import shared_layers
+from hf_rps.integrations.peft.codebooks import ADAPTER, check_saved
 from hf_rps.integrations.peft.model import RPSModel
 from hf_rps.internals import wrap_method
 from hf_rps.layers.base import RPSLayer
 
-_REMEDY = (
+_TRAIN = (
     "Train it as it is: its shared array is as small as an adapter. Or adapt the dense model, with any PEFT method or "
     "with RPSConfig(mode='delta'); hf_rps.to_dense(model) makes this one dense"
 )
@@ -43,7 +44,7 @@ def _looking_first(inject):
 def check(
     tuner: BaseTuner, model: nn.Module, config: PeftConfig, state_dict: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Refuse ``config`` where it chooses layers of ``model`` that read a shared array.
+    """Refuse ``config`` where it chooses layers of ``model`` that read a shared array, or would save copies of them.
 
     ``state_dict``, where it is given, chooses the layers by its keys instead. Layers of a kind for which the user has
     given LoRA a class are left to it (``LoraConfig._register_custom_module``).
@@ -56,20 +57,29 @@ def check(
     shared = {name: module for name, module in shared.items() if not isinstance(module, custom)}
     if not shared:
         return
+    check_saved(model, config)
     method = getattr(config.peft_type, "value", config.peft_type)
     what = f"{len(shared)} layers of this {type(model).__name__} share one array (get_rps_model)"
     chosen = getattr(config, "target_modules", None)
     if isinstance(chosen, str) and chosen.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
         raise ValueError(
             f"target_modules={chosen!r} of {method} would pass by all layers that are compressed: {what}, and PEFT "
-            f"finds only those that were left dense. {_REMEDY}. To adapt layers that were left dense, name them"
+            f"finds only those that were left dense. {_remedy(shared)}. To adapt layers that were left dense, name them"
         )
     reached = _named_by(state_dict, method, shared) if state_dict is not None else _chosen(tuner, model, config, shared)
     if reached:
         raise ValueError(
             f"{method} can't adapt {reached[0]!r}, {len(reached)} such layers in all: {what}, so they have no weights "
-            f"of their own. {_REMEDY}"
+            f"of their own. {_remedy(shared)}"
         )
+
+
+def _remedy(shared: dict[str, RPSLayer]) -> str:
+    maps = [layer.bank.weight_map for layer in shared.values()]
+    learned = next((weight_map.mapping for weight_map in maps if weight_map.learned is not None), None)
+    if learned is None:
+        return _TRAIN
+    return f"Its own adapters are codebooks: {ADAPTER.format(mapping=learned)}. {_TRAIN}"
 
 
 def _chosen(tuner: BaseTuner, model: nn.Module, config: PeftConfig, shared: dict[str, RPSLayer]) -> list[str]:

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from hf_rps.integrations.peft.adapter_files import check_tensors
 from hf_rps.integrations.peft.config import RPSConfig
+from hf_rps.names import is_psi_key
 
 _LOADER = "_load_pretrained_model"
 
@@ -30,7 +31,10 @@ def checking(original):
                 if isinstance(config, RPSConfig):
                     found = _dtypes(given.get("state_dict"), given.get("checkpoint_files") or [])
                     check_tensors(self, config, name, found, translated=False)
-            return loader(*loader_args, **given)
+            info, *rest = loader(*loader_args, **given)
+            # of a compressed base, which an adapter's file lacks as it lacks all of the base; "rps" is in the name
+            info.missing_keys = {key for key in info.missing_keys if not is_psi_key(key)}
+            return (info, *rest)
 
         self.__dict__[_LOADER] = load
         try:

@@ -29,7 +29,8 @@ LISTED_FROM = 3  # since then every weights file carries a digest of the list of
 # on with random weights where ignore_mismatched_sizes=True defeats the sentinel, stop with an error that says this name
 GUARD = "import-hf_rps-before-loading.safetensors"
 _OTHERS = ("mode", "bias", "modules", "fingerprint")  # those that only adapters have, and the record's own
-_OF_LEARNED = ("bits", "group_size", "learned")
+# those that only learned maps have, and what the others have there, which is not written
+_OF_LEARNED = {"bits": None, "group_size": None, "tile": 1, "learned": None}
 _RPS_FIELDS = tuple(field.name for field in fields(RPSSettings) if field.name not in _OTHERS)
 _AT_THE_BASE = Place("", "/")  # of the model that is saved: where nearly every bank is
 
@@ -77,7 +78,9 @@ class BankRecord:
         if not self.is_at_the_base:
             found |= {"base": self.place.base, "model": self.place.model}
         settings = {name: copy.deepcopy(getattr(self.rps, name)) for name in _RPS_FIELDS}
-        settings = {name: value for name, value in settings.items() if value is not None or name not in _OF_LEARNED}
+        settings = {
+            name: value for name, value in settings.items() if name not in _OF_LEARNED or value != _OF_LEARNED[name]
+        }
         return found | settings | ({"modules": list(self.modules)} if self.modules else {})
 
     def record(self, weight_map: WeightMap) -> None:

@@ -241,9 +241,10 @@ def _check_stored(model: nn.Module) -> None:
                 )
             layer._parameters[key] = FrozenParameter(tensor.detach())
     for bank in find_banks(model):
-        stored = [t for matrix in bank.array.matrices.values() for t in matrix.stored().values()]
+        used = [layer.shared.matrix for layer in shared_layers(model).values() if layer.bank is bank]
+        stored = [t for matrix in used for t in matrix.stored().values()]
         if stored and not any(tensor.is_meta for tensor in stored):
-            bank.array.divisor.settle()
+            bank.array.divisor.settle(used)
 
 
 def _is_of_the_saved_class(model: nn.Module) -> bool:
@@ -304,6 +305,13 @@ def prepare_to_save(model: nn.Module) -> None:
             f"that it has an array of its own; or save it dense, after hf_rps.to_dense on the whole model"
         )
     for bank in banks:
+        adapters = [] if bank.substitutes is None else bank.substitutes.names()
+        if adapters and not getattr(model, "_hf_peft_config_loaded", False):  # else transformers saves the adapter
+            raise ValueError(
+                f"this {type(model).__name__} can't be saved by itself: its layers read the codebooks of the adapters "
+                f"{adapters}. Save the adapters (save_pretrained of the PEFT model); or make a compressed model of one "
+                f"(merge_and_unload), or the base again (unload), and save that"
+            )
         if all(layer.bank is not bank for layer in layers.values()):
             head = outer_name(bank.weight_map.targets[0].name)
             raise ValueError(

@@ -304,3 +304,132 @@ def add_adjoint(codes, into, gradient, bits, group, first, stop):
         for table in range(tables):
             for i in range(size):
                 into[row, i] += sums[table * size + i]
+
+
+# ---- books of vectors, which all rows read:
+#
+#     W[r, c] = scale of r * books[(c // group * entries + code of (r, c // tile)) * tile + c % tile]
+#
+# ``books`` is flat. A row's bytes are its packed codes and its scale, the upper half of a float32.
+
+
+@_helper
+def _scale(codes, at):
+    return np.uint32(np.uint32(codes[at]) << 16 | np.uint32(codes[at + 1]) << 24).view(np.float32)
+
+
+def _each_byte(typing, step):
+    """An intrinsic (codes, books, numbers, scale, tile, count): ``step`` for each of ``count`` codes of 8 bits.
+
+    Vectors have 2, 4 or 8 numbers. The first three are addresses; ``numbers`` are the columns of a row.
+
+    ``step(builder, book, column, scale)`` is given pointers to vectors and the scale as one.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        codes, books, numbers, scale, tile, count = arguments
+        for lanes in (2, 4, 8):
+            kind = _vector(_F32, lanes)
+            with builder.if_then(builder.icmp_signed("==", tile, ir.Constant(tile.type, lanes))):
+                empty = ir.Constant(kind, ir.Undefined)
+                first = builder.insert_element(empty, scale, _I32(0))
+                factor, width = (
+                    builder.shuffle_vector(first, empty, _lanes([0] * lanes)),
+                    ir.Constant(tile.type, 4 * lanes),
+                )
+                with cgutils.for_range(builder, count) as loop:
+                    byte = _load(builder, builder.add(codes, loop.index), ir.IntType(8))
+                    book = builder.add(books, builder.mul(builder.zext(byte, books.type), width))
+                    column = builder.add(numbers, builder.mul(loop.index, width))
+                    step(builder, *(builder.inttoptr(at, kind.as_pointer()) for at in (book, column)), factor)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 3, types.float32, types.intp, types.intp), codegen
+
+
+def _read(builder: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
+    found = builder.load(pointer)
+    found.align = 4
+    return found
+
+
+@intrinsic
+def _look_up_vectors(typing, codes, books, numbers, scale, tile, count):
+    """``numbers`` = scale times the entries of ``books``."""
+
+    def step(builder, book, column, scale):
+        builder.store(builder.fmul(_read(builder, book), scale), column).align = 4
+
+    return _each_byte(typing, step)
+
+
+@intrinsic
+def _add_vectors(typing, codes, books, numbers, scale, tile, count):
+    """The entries of ``books`` += scale times ``numbers``."""
+
+    def step(builder, book, column, scale):
+        added = builder.fmul(_read(builder, column), scale)
+        builder.store(builder.fadd(_read(builder, book), added), book).align = 4
+
+    return _each_byte(typing, step)
+
+
+@_helper
+def _expand_vectors(codes, books, row, out, line, bits, tile, group):
+    """``out``[line] (cols,): one row of W."""
+    cols = out.shape[1]
+    tiles, entries = -(-cols // tile), 1 << bits
+    size = -(-tiles // 8) * bits
+    begin = row * (size + 2)
+    scale, done = _scale(codes, begin + size), 0
+    if bits == 8 and group >= cols and (tile == 2 or tile == 4 or tile == 8):
+        done = cols // tile
+        to = out.ctypes.data + 4 * line * cols
+        _look_up_vectors(codes.ctypes.data + begin, books.ctypes.data, to, scale, tile, done)
+    for t in range(done, tiles):
+        column = t * tile
+        place = (column // group * entries + _code(codes, begin, t, bits)) * tile
+        for j in range(min(tile, cols - column)):
+            out[line, column + j] = scale * books[place + j]
+
+
+@_compiled("void(u1[::1], f4[::1], f4[:, ::1], i8, i8, i8, i8, i8)")
+def make_vectors(codes, books, out, bits, tile, group, first, stop):
+    """Rows first to stop - 1 of ``out`` (rows, cols) become those of W."""
+    for row in range(first, stop):
+        _expand_vectors(codes, books, row, out, row, bits, tile, group)
+
+
+@_compiled("void(u1[::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[::1], i8, i8, i8, i8, i8)")
+def few_tokens_vectors(codes, books, x, y, bias, bits, tile, group, first, stop):
+    """:func:`few_tokens` with books of vectors."""
+    weights, tokens = np.empty((2, x.shape[1]), np.float32), x.shape[0]
+    for row in range(first, stop, 2):
+        lines, fours = (2, tokens // 4 * 4) if row + 1 < stop else (1, 0)
+        for line in range(lines):
+            _expand_vectors(codes, books, row + line, weights, line, bits, tile, group)
+        for token in range(0, fours, 4):
+            _four_tokens(weights, x, y, bias, token, row)
+        for token in range(fours, tokens):
+            for line in range(lines):
+                _one_token(weights, line, x, y, bias, token, row + line)
+
+
+@_compiled("void(u1[::1], f4[::1], f4[:, ::1], i8, i8, i8, i8, i8)")
+def add_adjoint_vectors(codes, into, gradient, bits, tile, group, first, stop):
+    """``into`` (size,) += rows first to stop - 1 of the ``gradient`` (rows, cols) by code, times the row's scale."""
+    cols, entries = gradient.shape[1], 1 << bits
+    tiles = -(-cols // tile)
+    size = -(-tiles // 8) * bits
+    for row in range(first, stop):
+        begin = row * (size + 2)
+        scale, done = _scale(codes, begin + size), 0
+        if bits == 8 and group >= cols and (tile == 2 or tile == 4 or tile == 8):
+            done = cols // tile
+            numbers = gradient.ctypes.data + 4 * row * cols
+            _add_vectors(codes.ctypes.data + begin, into.ctypes.data, numbers, scale, tile, done)
+        for t in range(done, tiles):
+            column = t * tile
+            place = np.uint64((column // group * entries + _code(codes, begin, t, bits)) * tile)
+            for j in range(np.uint64(min(tile, cols - column))):
+                into[place + j] += scale * gradient[row, np.uint64(column) + j]

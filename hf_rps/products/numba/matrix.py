@@ -1,4 +1,4 @@
-"""What the kernels do for a codebook matrix on a CPU, on torch's tensors, which are read and written where they are."""
+"""What the kernels do for a coded matrix on a CPU, on torch's tensors, which are read and written where they are."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_rps import internals
-from hf_rps.mappings.codebook import FASTER, CodebookMatrix
-from hf_rps.mappings.codes import packed_size
+from hf_rps.mappings.codebook import FASTER, CodebookMatrix, CodedMatrix, VectorMatrix
 from hf_rps.products.numba.loading import loaded
 from hf_rps.products.numba.threads import share_out
 
@@ -42,18 +41,17 @@ def usable(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
         and tensor.dtype in DTYPES
-        and not torch.compiler.is_compiling()
-        and not internals.is_transformed()
-        and not internals.is_forward_mode()
+        and not internals.is_followed()
         and loaded() is not None
     )
 
 
-def _codes(matrix: CodebookMatrix) -> np.ndarray | None:
-    """The packed codes, flat, where they are as the kernels read them."""
-    codes = matrix.codes
-    shape = (matrix.rows, packed_size(matrix.cols, matrix.bits))
+def _codes(matrix: CodedMatrix) -> np.ndarray | None:
+    """What the matrix stores, flat, where it is as the kernels read it."""
+    codes, shape = matrix.codes, (matrix.rows, matrix.row_bytes)
     if codes.device.type != "cpu" or codes.shape != shape or codes.dtype != torch.uint8 or not codes.is_contiguous():
+        return None
+    if not codes.data_ptr():  # a tensor that only stands for others, as a sharded one
         return None
     return _view(codes).reshape(-1)
 
@@ -63,59 +61,83 @@ def _array(tensor: Tensor) -> np.ndarray:
     return _view(tensor.detach().to(torch.float32).contiguous())
 
 
+def _books(matrix: CodedMatrix, psi: Tensor) -> Tensor:
+    """Codebooks in the shape in which the kernels read them."""
+    return matrix.books(psi) if isinstance(matrix, CodebookMatrix) else matrix.segment(psi)
+
+
+def _form(matrix: CodedMatrix) -> tuple[int, ...]:
+    """What the kernels must know of a matrix beside its arrays."""
+    tile = (matrix.tile,) if isinstance(matrix, VectorMatrix) else ()
+    return (matrix.bits, *tile, matrix.group)
+
+
 def _empty(rows: int, cols: int) -> Tensor:
     return torch.empty(rows, cols, dtype=torch.float32, device="cpu")
 
 
-def _worthwhile(matrix: CodebookMatrix) -> bool:
+def _worthwhile(matrix: CodedMatrix) -> bool:
     return matrix.rows * matrix.cols > 0
 
 
-def few_tokens(matrix: CodebookMatrix, x: Tensor, psi: Tensor, bias: Tensor | None) -> Tensor | None:
+def few_tokens(matrix: CodedMatrix, x: Tensor, psi: Tensor, bias: Tensor | None) -> Tensor | None:
     """x (tokens, cols) W^T + bias: (tokens, rows) in x's dtype; None where the codes are not where kernels can read."""
     codes, kernels = _codes(matrix), loaded()
     if codes is None or kernels is None:
         return None
-    books, inputs, y = _array(matrix.books(psi)), _array(x), _empty(x.size(0), matrix.rows)
-    added, out = np.empty(0, np.float32) if bias is None else _array(bias), _view(y)
+    kernel = kernels.few_tokens if isinstance(matrix, CodebookMatrix) else kernels.few_tokens_vectors
+    books, inputs, y = _array(_books(matrix, psi)), _array(x), _empty(x.size(0), matrix.rows)
+    added, out, form = np.empty(0, np.float32) if bias is None else _array(bias), _view(y), _form(matrix)
 
     def work(first: int, stop: int) -> None:
-        kernels.few_tokens(codes, books, inputs, out, added, matrix.bits, matrix.group, first, stop)
+        kernel(codes, books, inputs, out, added, *form, first, stop)
 
     share_out(work, matrix.rows, matrix.rows * matrix.cols)
     return y.to(x.dtype)
 
 
 class NumbaKernels:
-    """W and its adjoint for whoever asks a codebook matrix for them (:data:`hf_rps.mappings.codebook.FASTER`)."""
+    """W and its adjoint for whoever asks a coded matrix for them (:data:`hf_rps.mappings.codebook.FASTER`)."""
 
-    def make(self, matrix: CodebookMatrix, psi: Tensor) -> Tensor | None:
+    def make(self, matrix: CodedMatrix, psi: Tensor) -> Tensor | None:
         if not (usable(psi) and _worthwhile(matrix)):
             return None
         codes, kernels = _codes(matrix), loaded()
         if codes is None or kernels is None:
             return None
-        books, weight = _array(matrix.books(psi)), _empty(matrix.rows, matrix.cols)
+        kernel = kernels.make if isinstance(matrix, CodebookMatrix) else kernels.make_vectors
+        books, weight, form = _array(_books(matrix, psi)), _empty(matrix.rows, matrix.cols), _form(matrix)
         out = _view(weight)
 
         def work(first: int, stop: int) -> None:
-            kernels.make(codes, books, out, matrix.bits, matrix.group, first, stop)
+            kernel(codes, books, out, *form, first, stop)
 
         share_out(work, matrix.rows, matrix.rows * matrix.cols)
         return weight.to(psi.dtype)
 
-    def add_adjoint(self, matrix: CodebookMatrix, into: Tensor, gradient: Tensor) -> bool:
+    def add_adjoint(self, matrix: CodedMatrix, into: Tensor, gradient: Tensor) -> bool:
         if not (usable(into) and usable(gradient) and _worthwhile(matrix)):
             return False
         codes, kernels = _codes(matrix), loaded()
         if codes is None or kernels is None:
             return False
-        books = matrix.books(into.detach())
+        books, numbers, form = _books(matrix, into.detach()), _array(gradient), _form(matrix)
+        if isinstance(matrix, VectorMatrix):  # all rows add to the same books: each range to sums of its own
+            parts: dict[int, np.ndarray] = {}
+
+            def add(first: int, stop: int) -> None:
+                parts[first] = np.zeros(matrix.size, np.float32)
+                kernels.add_adjoint_vectors(codes, parts[first], numbers, *form, first, stop)
+
+            share_out(add, matrix.rows, matrix.rows * matrix.cols)
+            total = sum(parts[first] for first in sorted(parts))  # in one order, whichever thread was the first
+            books.add_(torch.from_numpy(total).to(books.dtype))
+            return True
         part = books if books.dtype == torch.float32 and books.is_contiguous() else _empty(*books.shape).zero_()
-        sums, numbers = _view(part), _array(gradient)
+        sums = _view(part)
 
         def work(first: int, stop: int) -> None:
-            kernels.add_adjoint(codes, sums, numbers, matrix.bits, matrix.group, first, stop)
+            kernels.add_adjoint(codes, sums, numbers, *form, first, stop)
 
         share_out(work, matrix.rows, matrix.rows * matrix.cols)
         if part is not books:

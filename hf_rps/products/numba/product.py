@@ -1,4 +1,4 @@
-"""The product of a codebook matrix with few tokens on a CPU, registered to be asked before those of torch."""
+"""The product of a coded matrix with few tokens on a CPU, registered to be asked before those of torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hf_rps import internals
 from hf_rps.mappings.base import SharedMatrix
-from hf_rps.mappings.codebook import CodebookMatrix
+from hf_rps.mappings.codebook import CodedMatrix
 from hf_rps.products.base import Made, Product, register
 from hf_rps.products.numba.loading import loaded
 from hf_rps.products.numba.matrix import few_tokens, usable
@@ -20,7 +20,7 @@ class NumbaProduct(Product):
     HF_RPS_DISABLE_NUMBA=1 keeps it from being chosen.
     """
 
-    matrix: CodebookMatrix
+    matrix: CodedMatrix
 
     def __init__(self, matrix: SharedMatrix):
         super().__init__(matrix)
@@ -28,7 +28,7 @@ class NumbaProduct(Product):
 
     @classmethod
     def accepts(cls, matrix: SharedMatrix) -> bool:
-        return isinstance(matrix, CodebookMatrix)
+        return isinstance(matrix, CodedMatrix)
 
     def fits(self, x: Tensor) -> bool:
         return usable(x) and self._is_few(x)

@@ -19,9 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run in Python, on tensors of any device
 FEW_TOKENS = 16  # of few_tokens
-_WIDEN = tl.constexpr(INTERPRETED)  # the interpreter has no product of bfloat16
+_WIDEN = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter has no product of bfloat16
 
 
 @triton.jit

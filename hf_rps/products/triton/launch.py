@@ -19,17 +19,18 @@ from hf_rps import internals
 
 logger = logging.getLogger(__name__)
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Python, on tensors of any device: for tests
 DISABLE = "HF_RPS_DISABLE_TRITON"  # set to 1, it keeps Triton out; read once, at the first product on a GPU
 _failures: list[Exception] = []  # the first one only
 
 
 @cache
-def loaded() -> ModuleType | None:
-    """The module of kernels, or None where Triton is not to be used: disabled, not to be imported, or failed before."""
+def loaded(name: str = "kernels") -> ModuleType | None:
+    """A module of kernels, or None where Triton is not to be used: disabled, not to be imported, or failed before."""
     if _failures or os.environ.get(DISABLE) == "1":
         return None
     try:
-        return importlib.import_module("hf_rps.products.triton.kernels")
+        return importlib.import_module(f"hf_rps.products.triton.{name}")
     except Exception as error:  # whatever a broken installation raises
         give_up(error)
         return None

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from hf_rps import internals
 from hf_rps.mappings.base import SharedMatrix
 from hf_rps.mappings.fold import FoldMatrix
-from hf_rps.products.triton.launch import Launcher, loaded
+from hf_rps.products.triton.launch import INTERPRETED, Launcher, loaded
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -33,11 +34,15 @@ def can_serve(matrix: SharedMatrix) -> bool:
 
 
 def usable(tensor: Tensor) -> bool:
-    """True where kernels can read ``tensor`` by its address: an ordinary tensor of a dtype and device they know."""
-    if type(tensor) is not Tensor or tensor.dtype not in DTYPES:
-        return False
-    module = loaded()
-    return module is not None and (tensor.is_cuda or module.INTERPRETED)
+    """True where kernels can read ``tensor`` by its address: an ordinary tensor of a dtype and device they know, and
+    nobody follows what is done with it."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.dtype in DTYPES
+        and (tensor.is_cuda or INTERPRETED)
+        and not internals.is_followed()
+        and loaded() is not None
+    )
 
 
 class KernelMatrix(SharedMatrix):
@@ -73,14 +78,14 @@ class KernelMatrix(SharedMatrix):
         return y if launched else None
 
     def make(self, psi: Tensor, base: Tensor | None = None) -> Tensor:
-        if usable(psi) and (base is None or (_same_place(base, psi) and base.dtype in DTYPES)):
+        if usable(psi) and (base is None or (same_place(base, psi) and base.dtype in DTYPES)):
             weight = torch.empty(self.rows, self.cols, device=psi.device, dtype=(psi if base is None else base).dtype)
             if self._place(psi).make(psi.dtype, None if base is None else base.dtype)((psi, weight, base)):
                 return weight
         return self.plain.make(psi, base)
 
     def add_adjoint(self, into: Tensor, gradient: Tensor) -> None:
-        if usable(gradient) and _same_place(into, gradient):
+        if usable(gradient) and same_place(into, gradient):
             gradient = gradient.contiguous()
             if self._place(into).adjoint(gradient.dtype, into.dtype)((gradient, into)):
                 return
@@ -96,7 +101,7 @@ class KernelMatrix(SharedMatrix):
         return [place.shifts for place in self._places.values()]
 
 
-def _same_place(tensor: Tensor, other: Tensor) -> bool:
+def same_place(tensor: Tensor, other: Tensor) -> bool:
     return tensor.get_device() == other.get_device() and tensor.is_contiguous()
 
 

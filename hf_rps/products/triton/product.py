@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hf_rps.mappings.base import SharedMatrix
@@ -30,7 +29,7 @@ class TritonProduct(Product):
         return can_serve(matrix)
 
     def fits(self, x: Tensor) -> bool:
-        return x.is_cuda and not torch.compiler.is_compiling() and usable(x)
+        return x.is_cuda and usable(x)
 
     def linear(self, x: Tensor, psi: Tensor, bias: Tensor | None) -> Tensor:
         module, cols = loaded(), self.matrix.cols
