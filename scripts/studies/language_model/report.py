@@ -30,15 +30,20 @@ def main_table(runs: Runs) -> str:
     found = [(run, result) for stage in ("untrained", "distilled") for run, result in runs.of(stage).items()]
     order = {run.row: i for i, run in enumerate(sorted(runs.of("untrained"), key=lambda run: _place(run, runs)))}
     lines = []
-    for run, result in sorted(found, key=lambda pair: (order.get(pair[0].row, len(order)), pair[0].steps)):
+    for run, result in sorted(found, key=lambda pair: (order[pair[0].row], pair[0].variant, pair[0].steps)):
         ratios = [result[name] / dense[name] for name in ("perplexity", "other_perplexity")]
         trained = f"{run.steps}, {run.rate:g}" if run.steps else ""
-        cells = [Row(run.row).title, f"{result['bits']:.2f}", trained, f"{result['perplexity']:.2f}"]
+        cells = [title(run), f"{result['bits']:.2f}", trained, f"{result['perplexity']:.2f}"]
         lines.append([*cells, *(f"{ratio:.3f}" for ratio in ratios), f"{100 * result['choices']:.1f}"])
     other = f"{dense['other']} / dense"
     return markdown(
         ("", "bits a weight", "steps, rate", "perplexity", "/ dense", other, f"right of {CHOICES}, %"), lines
     )
+
+
+def title(run: Run) -> str:
+    """What a table calls a run: its row, and what else is not as ever."""
+    return ", ".join(filter(None, (Row(run.row).title, run.variant)))
 
 
 def _place(run: Run, runs: Runs) -> tuple:
@@ -62,8 +67,9 @@ def rates_table(runs: Runs) -> str:
         texts = [f"{here[rate]['validation']:.2f}" if rate in here else "" for rate in rates]
         texts = [f"**{text}**" if rate == best else text for rate, text in zip(rates, texts, strict=True)]
         bits, trained = here[best]["bits"], here[best]["trained"]
-        title = Row(row).title + (", embedding trained" if variant == "embeddings" else "")
-        lines.append([title, f"{bits:.2f}", f"{trained / 1e6:.2f}", str(steps), *texts])
+        lines.append(
+            [title(Run("rates", row, variant=variant)), f"{bits:.2f}", f"{trained / 1e6:.2f}", str(steps), *texts]
+        )
     head = ("", "bits a weight", "trained, millions", "steps", *(f"{rate:g}" for rate in rates))
     return markdown(head, lines)
 
@@ -75,7 +81,7 @@ def arithmetic_table(runs: Runs) -> str:
     lines = []
     for run, result in found.items():
         losses = [f"{loss:.4f}" for loss in result["losses"][1::2]]
-        lines.append([f"{Row(run.row).title}, {run.variant}", *losses, f"{result['seconds']:.1f}"])
+        lines.append([title(run), *losses, f"{result['seconds']:.1f}"])
     return markdown(("step", *map(str, range(2, count + 1, 2)), "seconds per step"), lines)
 
 
@@ -86,7 +92,7 @@ def samples_table(runs: Runs) -> str:
     for run, result in found.items():
         if Row(run.row).method in ("dense", CODEBOOK):
             text = " ".join(result["samples"][0].split()).replace("|", "\\|")
-            lines.append([Row(run.row).title, str(run.steps or ""), text])
+            lines.append([title(run), str(run.steps or ""), text])
     return markdown(("", "steps", PROMPTS[0] + " …"), lines)
 
 
@@ -173,7 +179,7 @@ def report(study) -> str:
     (folder / "runs.jsonl").write_text("".join(lines))
     if "main" in made:
         draw(runs, folder / PLOT)
-    longest = {run.row: run for run in sorted(runs.of("distilled"), key=lambda run: run.steps)}
+    longest = {run.row: run for run in sorted(runs.of("distilled"), key=lambda run: run.steps) if not run.variant}
     cards = [card for run in longest.values() for card in write_card(study, run, runs.results[run], folder)]
     if study.arguments.publish:
         DATA.mkdir(exist_ok=True)
@@ -192,12 +198,12 @@ def write_card(study, run: Run, result: dict, folder: Path) -> list[Path]:
     if row.method != CODEBOOK or not model.exists():
         return []
     name = args.base_model or Path(args.model).name
-    title = f"{name.rpartition('/')[2].lower()}-{row.folder}"
-    curve = model / f"{title}.png"
+    label = f"{name.rpartition('/')[2].lower()}-{row.folder}"
+    curve = model / f"{label}.png"
     draw_losses(result["losses"], curve)
     (dense,) = study.runs.of("untrained", "dense").values()
     write_model_card(
-        model, model_name=title, base_model=name, teacher=name, dataset="documentation of Python",
+        model, model_name=label, base_model=name, teacher=name, dataset="documentation of Python",
         metrics={
             "perplexity": result["perplexity"],
             "perplexity over the dense model's": result["perplexity"] / dense["perplexity"],
@@ -205,9 +211,9 @@ def write_card(study, run: Run, result: dict, folder: Path) -> list[Path]:
         },
         learning_curve=curve.name, command=command_line(args, run),
     )  # fmt: skip
-    shutil.copy(model / "README.md", folder / f"{title}.md")
+    shutil.copy(model / "README.md", folder / f"{label}.md")
     shutil.copy(curve, folder / curve.name)
-    return [folder / f"{title}.md", folder / curve.name]
+    return [folder / f"{label}.md", folder / curve.name]
 
 
 def draw_losses(losses: list[float], path: Path) -> None:

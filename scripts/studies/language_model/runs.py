@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+EMBEDDINGS = "embedding trained"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -16,7 +18,7 @@ class Run:
         stage: What was done: untrained, rates, distilled, arithmetic, finetuned.
         row: A row of the comparison, or a method of fine-tuning.
         steps, rate, seed: Of training.
-        variant: What else is not as ever, such as "float32" or "embeddings".
+        variant: What else is not as ever, such as "float32"; a table says it.
         batch_size: Sequences of a training step.
     """
 

@@ -15,7 +15,7 @@ from studies.language_model import tuning
 from studies.language_model.arguments import Arguments
 from studies.language_model.data import Texts, batches, load
 from studies.language_model.rows import CODEBOOK, Row, codebook_bits
-from studies.language_model.runs import Run, Runs
+from studies.language_model.runs import EMBEDDINGS, Run, Runs
 from studies.language_model.scores import accuracy, perplexity, samples
 from studies.language_model.training import divergence, frozen_head, learn, next_token, teacher_states, train
 
@@ -86,7 +86,7 @@ class Study:
         ids = batches(self.texts.train, run.batch_size, run.steps)
         teacher = self._teacher(ids)
         model, bits = self.compressed(Row(run.row))
-        learn(model, embeddings=run.variant == "embeddings")
+        learn(model, embeddings=run.variant == EMBEDDINGS)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         head, table = model.get_output_embeddings().weight, frozen_head(model, autocast)
         head = head if head.requires_grad else table
@@ -101,7 +101,7 @@ class Study:
         return teacher_states(self.dense(), ids, self.output / f"teacher-{ids.shape[1]}.pt")
 
     def rate(self, row: Row, rate: float) -> dict:
-        variant = "embeddings" if self.arguments.embeddings else ""
+        variant = EMBEDDINGS if self.arguments.embeddings else ""
         size = self.arguments.batch_size
         run = Run("rates", row.name, self.arguments.grid_steps, rate, variant=variant, batch_size=size)
 
@@ -120,7 +120,7 @@ class Study:
             if not others:
                 raise ValueError(f"no rate is known for {row.name}; run --stages rates --rows {row.name}")
             tried = self.runs.of("rates", min(others))
-        tried = {run: result["validation"] for run, result in tried.items() if not run.variant}
+        tried = {run: result["validation"] for run, result in tried.items() if run.variant != EMBEDDINGS}
         return min(tried, key=tried.get).rate
 
     def distilled(self, row: Row) -> dict:
