@@ -23,7 +23,7 @@ TUNED = {
     "full": (3e-5, 1e-4, 3e-4),
     "lora": (3e-4, 1e-3, 3e-3),
     "qlora": (3e-4, 1e-3, 3e-3),
-    "codebooks": (3e-4, 1e-3, 3e-3),
+    "codebooks": (1e-4, 3e-4, 1e-3),
 }
 TITLES = {
     "full": "all weights",
