@@ -177,7 +177,8 @@ class WeightMap:
             content |= {"input_fold": self.input_fold, "positions": [t.positions for t in self.targets]}
             content["folded_size"] = "divisors"  # maps before that are others
         if self.options:
-            content |= {"options": self.options, "learned": self.learned}
+            options = {name: value for name, value in self.options.items() if (name, value) != ("tile", 1)}
+            content |= {"options": options, "learned": self.learned}  # maps from before there were tiles stay
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def sentinel_shape(self) -> tuple[int, int]:
