@@ -15,9 +15,10 @@ from hf_rps.learning.calibration import Walk
 from hf_rps.learning.codebooks import RowCodebooks, kmeans
 from hf_rps.learning.matrix import CORRECTION, DAMPING, corrected, damped, learn
 from hf_rps.learning.vectors import VectorCodebooks
-from hf_rps.mappings.base import Span
+from hf_rps.mappings.base import Span, Target
 from hf_rps.mappings.codebook import BITS, CodebookMatrix, VectorMatrix, pack_vectors
 from hf_rps.mappings.codes import pack, packed_size, unpack
+from hf_rps.mappings.weight_map import WeightMap
 from hf_rps.psi.divisor import Divisor
 
 
@@ -107,6 +108,16 @@ def test_vectors_follow_the_definition(bits, rows, cols, group, tile):
     into = torch.zeros_like(psi)
     matrix.add_load(into, 2.0)
     torch.testing.assert_close(into, load)
+
+
+def test_a_tile_of_one_is_no_other_map():
+    """Checkpoints from before there were tiles have their fingerprints without."""
+    target, options = Target("a", 8, 16, 0.1), {"bits": 4, "group_size": None}
+    maps = [
+        WeightMap([target], ratio=None, mapping="codebook", options=options | more, learned="0")
+        for more in ({}, {"tile": 1}, {"tile": 2})
+    ]
+    assert maps[0].fingerprint == maps[1].fingerprint != maps[2].fingerprint
 
 
 def test_gamma_waits_for_the_codes():
