@@ -20,6 +20,7 @@ from hf_rps.layers.base import RPSLayer
 from hf_rps.layers.kinds import Candidate, TransposedLinear
 from hf_rps.products.base import Made, always
 from hf_rps.targets import find_targets
+from studies.encoder.quantised import int4_layer
 
 FORMS = ("views", "folded", "codebook", "gather", "cat")
 QUANTISERS = ("nf4", "int4")  # of others, for inference
@@ -38,9 +39,10 @@ class Subject:
 
     Forms: "dense"; "views" (ours); "folded" (ours, with inputs folded as far as the ratio allows); "codebook" (ours,
     with a learned map, whose ratio is the bits of a code); "gather" (ours with an index and a sign for every weight);
-    "cat" (ours, where every linear layer makes its weight whole and multiplies with it); "nf4" (bitsandbytes)
-    and "int4" (torchao's weight-only integers), as those libraries store and multiply them; "fakeroast" and "rzlinear"
-    (the authors' code); and the adapters "delta" and "folded-delta" (ours) and "lora", whose ratio is its rank.
+    "cat" (ours, where every linear layer makes its weight whole and multiplies with it); "nf4" (bitsandbytes) and
+    "int4" (torchao's weight-only integers, computing in bfloat16), as those libraries store and multiply them;
+    "fakeroast" and "rzlinear" (the authors' code); and the adapters "delta" and "folded-delta" (ours) and "lora", whose
+    ratio is its rank.
     """
 
     form: str
@@ -145,13 +147,11 @@ def _quantised(model: nn.Module, targets: list[Candidate], n: int, form: str) ->
             model.set_submodule(name, layer.to(linear.weight.device))
         states = [model.get_submodule(name).weight.quant_state for name in names]
         kept = [state.absmax for state in states]
+        stored = [model.get_submodule(name).weight for name in names]
     else:
-        from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
-
-        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(INT4_GROUP))
-        quantize_(model, config, filter_fn=lambda _, name: name in names)
-        kept = []
-    stored = [model.get_submodule(name).weight for name in names]
+        for name in names:
+            model.set_submodule(name, int4_layer(model.get_submodule(name), INT4_GROUP))
+        stored, kept = [model.get_submodule(name).layer.weight for name in names], []
     return Built(model, n, n, stored, kept=lambda: kept)
 
 

@@ -9,7 +9,7 @@ from benchmark import cli as bench
 from benchmark.models import make
 from benchmark.runner import Job, measure
 from benchmark.settings import Settings
-from benchmark.subjects import ADAPTERS, DENSE, FORMS, Subject, build
+from benchmark.subjects import ADAPTERS, DENSE, FORMS, QUANTISER_PACKAGES, Subject, build
 from benchmark.works import count_flops
 from hf_rps import size_report
 
@@ -120,6 +120,19 @@ def test_timed_works(work, subjects, cases):
         assert set(cases) <= set(found)
     if work in ("save", "load"):
         assert all(0 < row["file_ratio"] < 0.5 for row in rows)
+
+
+@pytest.mark.parametrize(("form", "package"), QUANTISER_PACKAGES.items())
+def test_other_libraries_are_measured_beside(form, package):
+    pytest.importorskip(package)
+    dense, other = (build("prefill", "tiny", subject, SETTINGS) for subject in (DENSE, Subject(form, 4)))
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected, found = (built.model(input_ids=ids).logits for built in (dense, other))
+    assert 0 < (found - expected).norm() < 0.5 * expected.norm()
+    (row,) = rows_of("prefill", (Subject(form, 4),))
+    assert row["form"] == form
+    assert row["time_ratio"] > 0
 
 
 def test_what_the_weights_take():

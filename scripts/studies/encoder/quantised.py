@@ -46,7 +46,7 @@ def quantised(folder: str, method: str, group: int | None, config: RPSConfig) ->
         model = AutoModel.from_pretrained(folder, dtype=torch.float32)
         for target in find_targets(model, config):
             parent, _, name = target.name.rpartition(".")
-            setattr(model.get_submodule(parent), name, _InBfloat16(_in_groups(target.module, group)))
+            setattr(model.get_submodule(parent), name, int4_layer(target.module, group))
         return model.eval()
     options = {
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -58,13 +58,14 @@ def quantised(folder: str, method: str, group: int | None, config: RPSConfig) ->
     ).eval()  # fmt: skip
 
 
-def _in_groups(layer: nn.Linear, group: int) -> nn.Linear:
+def int4_layer(layer: nn.Linear, group: int) -> nn.Module:
+    """``layer``, changed, with the weight-only int4 of torchao: ``group`` weights of a row share a scale and a zero."""
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig  # the one of torchao's for CPUs
     from torchao.quantization import quantize_
 
     layer = layer.bfloat16()
     quantize_(layer, PrototypeInt4WeightOnlyConfig(group_size=group))
-    return layer
+    return _InBfloat16(layer)
 
 
 def quantised_bytes(model: nn.Module, names: list[str]) -> int:
