@@ -20,7 +20,7 @@ _AT_ONCE = 1 << 25  # numbers of a temporary array
 
 
 class Codebooks(ABC):
-    """Codebooks and codes of one matrix, on their way; a base class.
+    """Codebooks and codes of one matrix, on their way; a base class. At first there are books and no codes.
 
     Args:
         weight: W (rows, cols), float32.
@@ -29,16 +29,20 @@ class Codebooks(ABC):
         tile: Columns that share a code; cols is a multiple of it.
 
     Attributes:
-        codes: int64 (rows, cols / tile).
+        codes: int64 (rows, cols / tile), chosen by :meth:`round` or :meth:`feed_back`.
     """
 
     books: Tensor
-    codes: Tensor
 
     def __init__(self, weight: Tensor, entries: int, group: int, tile: int = 1):
         self.weight, self.entries, self.group, self.tile = weight, entries, group, tile
         self.rows, self.cols = weight.shape
         self.groups = -(-self.cols // group)
+        self.codes = weight.new_empty(self.rows, self.cols // tile, dtype=torch.int64)
+
+    @abstractmethod
+    def round(self) -> None:
+        """Choose the codes of the entries that are nearest to the weights."""
 
     @abstractmethod
     def made(self) -> Tensor:
@@ -119,13 +123,18 @@ class RowCodebooks(Codebooks):
         super().__init__(weight, entries, group)
         self.books = weight.new_empty(self.rows, self.groups, entries)
         self._middles = weight.new_empty(self.groups, self.rows, entries - 1)  # between the entries, looked up often
-        self.codes = weight.new_empty(self.rows, self.cols, dtype=torch.int64)
         self._offsets = torch.arange(self.cols, device=weight.device) // group * entries
-        for i, start in enumerate(range(0, self.cols, group)):
-            columns = slice(start, min(self.cols, start + group))
+        for i, columns in enumerate(self._columns()):
             self.books[:, i] = kmeans(weight[:, columns], importance[columns], entries)
             self._middles[i] = (self.books[:, i, 1:] + self.books[:, i, :-1]) / 2
-            self.codes[:, columns] = self.nearest(weight[:, columns], i)
+
+    def _columns(self) -> list[slice]:
+        """Those of each group."""
+        return [slice(start, min(self.cols, start + self.group)) for start in range(0, self.cols, self.group)]
+
+    def round(self) -> None:
+        for i, columns in enumerate(self._columns()):
+            self.codes[:, columns] = self.nearest(self.weight[:, columns], i)
 
     def nearest(self, weight: Tensor, group: int) -> Tensor:
         """Codes of the entries of one group's books that are nearest to ``weight`` (rows, any)."""

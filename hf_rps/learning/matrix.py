@@ -46,9 +46,9 @@ def corrected(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
     It is W + W E[(d - x) x^T] (E[x x^T] + damping)^-1, the least-squares fit of W d by x. As in 'GPTAQ: efficient
     finetuning-free quantization for asymmetric calibration' (ICML 2025), which does it column by column.
     """
-    inner = hessian + torch.eye(len(hessian), device=hessian.device) * (CORRECTION * hessian.diagonal().mean())
     if not hessian.diagonal().any():
         return weight
+    inner = hessian + torch.eye(len(hessian), device=hessian.device) * (CORRECTION * hessian.diagonal().mean())
     return weight + weight @ torch.linalg.solve(inner, (cross - hessian).t()).t()
 
 
@@ -86,7 +86,9 @@ def learn(
     else:
         state = VectorCodebooks(weight, 2**bits, group, importance, tile)
         hessian = None if hessian is None else state.padded(hessian)
-    if hessian is not None:
+    if hessian is None:
+        state.round()
+    else:
         state.feed_back(hessian)
         for _ in range(rounds):
             state.refit(hessian)

@@ -33,16 +33,20 @@ class VectorCodebooks(Codebooks):
         super().__init__(F.pad(weight, (0, more)), entries, group if group < cols else cols + more, tile)
         unit = torch.exp2(size[size > 0].sqrt().mean().log2().round()) if bool((size > 0).any()) else 1.0
         self.scales = _rounded(torch.where(size > 0, size.sqrt() / unit, 1.0))
-        vectors = (self.weight / self.scales).unflatten(1, (-1, tile))  # (rows, tiles, tile)
-        counted = F.pad(importance, (0, more)).unflatten(0, (-1, tile))
-        self.codes = weight.new_empty(vectors.shape[:2], dtype=torch.int64)
+        self._counted = F.pad(importance, (0, more)).unflatten(0, (-1, tile))
         self._of_tile = torch.arange(self.codes.shape[1], device=weight.device) * tile // self.group
-        books = []
-        for i in range(self.groups):
+        vectors, groups = self._vectors(), [self._of_tile == i for i in range(self.groups)]
+        self.books = torch.stack([kmeans(vectors[:, mine], self._counted[mine], entries) for mine in groups])
+
+    def _vectors(self) -> Tensor:
+        """The weights (rows, tiles, tile) in units of their rows' scales."""
+        return (self.weight / self.scales).unflatten(1, (-1, self.tile))
+
+    def round(self) -> None:
+        vectors = self._vectors()
+        for i, book in enumerate(self.books):
             mine = self._of_tile == i
-            books.append(kmeans(vectors[:, mine], counted[mine], entries))
-            self.codes[:, mine] = nearest(vectors[:, mine], counted[mine], books[-1])
-        self.books = torch.stack(books)
+            self.codes[:, mine] = nearest(vectors[:, mine], self._counted[mine], book)
 
     def padded(self, hessian: Tensor) -> Tensor:
         """H of the columns with those that fill them up, which hardly count."""
@@ -136,8 +140,7 @@ def kmeans(vectors: Tensor, counted: Tensor, entries: int) -> Tensor:
     flat, weights = vectors.flatten(0, 1)[taken], counted[taken % tiles]
     centres = flat[torch.arange(entries, device=flat.device) % len(flat)].clone()
     for _ in range(_ITERATIONS):
-        distance = weights @ centres.square().t() - 2 * (flat * weights) @ centres.t()
-        code = distance.argmin(1)
+        code = nearest(flat[None], weights, centres)[0]
         moment = torch.zeros_like(centres).index_add_(0, code, flat * weights)
         mass = torch.zeros_like(centres).index_add_(0, code, weights)
         centres = torch.where(mass > 0, moment / mass, centres)

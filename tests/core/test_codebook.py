@@ -154,19 +154,29 @@ def correlated(cols, tokens=400):
     return x.t() @ x / tokens
 
 
+def errors_of_steps(state, hessian):
+    """The error of the nearest codes, and those after feedback and each of three rounds' two steps."""
+
+    def now():
+        return error(state.weight, state.made(), hessian)
+
+    state.round()
+    nearest = now()
+    state.feed_back(hessian)
+    errors = [now()]
+    for _ in range(3):
+        for step in (state.refit, state.descend):
+            step(hessian)
+            errors.append(now())
+    return nearest, errors
+
+
 @pytest.mark.parametrize("group", [48, 16])
 def test_each_step_makes_the_error_smaller(group):
     torch.manual_seed(1)
     weight, hessian = torch.randn(10, 48), damped(correlated(48))
     state = RowCodebooks(weight, 8, group, hessian.diagonal().sqrt())
-    nearest = error(weight, state.made(), hessian)
-    state.feed_back(hessian)
-    errors = [error(weight, state.made(), hessian)]
-    for _ in range(3):
-        state.refit(hessian)
-        errors.append(error(weight, state.made(), hessian))
-        state.descend(hessian)
-        errors.append(error(weight, state.made(), hessian))
+    nearest, errors = errors_of_steps(state, hessian)
     assert all(after <= before * (1 + 1e-4) for before, after in itertools.pairwise(errors)), errors
     assert errors[-1] < 0.6 * nearest
     # no single code could be better
@@ -182,6 +192,7 @@ def test_books_are_the_best_for_their_codes():
     torch.manual_seed(2)
     weight, hessian = torch.randn(3, 24), damped(correlated(24))
     state = RowCodebooks(weight, 4, 24, torch.ones(24))
+    state.round()
     state.refit(hessian)
     for row in range(3):
         chosen = nn.functional.one_hot(state.codes[row], 4).float()
@@ -196,14 +207,7 @@ def test_each_step_makes_the_error_of_vectors_smaller(cols, group, tile):
     weight, hessian = torch.randn(40, cols) * torch.rand(40, 1), damped(correlated(cols))
     state = VectorCodebooks(weight, 16, group, hessian.diagonal().sqrt(), tile)
     padded, full = state.weight, state.padded(hessian)
-    nearest = error(padded, state.made(), full)
-    state.feed_back(full)
-    errors = [error(padded, state.made(), full)]
-    for _ in range(3):
-        state.refit(full)
-        errors.append(error(padded, state.made(), full))
-        state.descend(full)
-        errors.append(error(padded, state.made(), full))
+    nearest, errors = errors_of_steps(state, full)
     assert all(after <= before * (1 + 1e-3) for before, after in itertools.pairwise(errors)), errors
     assert errors[-1] < 0.8 * nearest
     # every code is the best while the others stay, and the books are the best for the codes: no step of one entry helps
