@@ -108,6 +108,20 @@ class Made(Product):
         return gx
 
 
+class FewTokens(Product):
+    """A product with a kernel of its own for few tokens; a base class. All else is as :class:`Made` has it.
+
+    So is the backward pass: making W and adding up its gradient are the matrix's own.
+    """
+
+    def __init__(self, matrix: SharedMatrix):
+        super().__init__(matrix)
+        self._made = Made(matrix)
+
+    def gradients(self, gy: Tensor, x: Tensor, psi: Tensor, needs_x: bool, into: Tensor | None) -> Tensor | None:
+        return self._made.gradients(gy, x, psi, needs_x, into)
+
+
 PRODUCTS: list[type[Product]] = []  # in order of preference; Made comes last, unasked
 
 Choice: TypeAlias = Callable[[Sequence[Product], Tensor], Product]  # of a product for an input

@@ -227,22 +227,30 @@ def _four_tokens(weights, x, y, bias, token, row):
             y[token + j, row + i] = total[j] + added
 
 
+@_helper
+def _all_tokens(weights, lines, x, y, bias, row):
+    """Of one row or two, whose ``weights`` (2, cols) are there."""
+    tokens = x.shape[0]
+    fours = tokens // 4 * 4 if lines == 2 else 0
+    for token in range(0, fours, 4):
+        _four_tokens(weights, x, y, bias, token, row)
+    for token in range(fours, tokens):
+        for line in range(lines):
+            _one_token(weights, line, x, y, bias, token, row + line)
+
+
 @_compiled("void(u1[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], i8, i8, i8, i8)")
 def few_tokens(codes, books, x, y, bias, bits, group, first, stop):
     """Columns first to stop - 1 of ``y`` (tokens, rows) become those of x (tokens, cols) W^T + bias.
 
     ``bias`` (rows,), or empty. Two rows of W at a time are expanded, for all tokens.
     """
-    weights, tokens = np.empty((2, x.shape[1]), np.float32), x.shape[0]
+    weights = np.empty((2, x.shape[1]), np.float32)
     for row in range(first, stop, 2):
-        lines, fours = (2, tokens // 4 * 4) if row + 1 < stop else (1, 0)
+        lines = min(2, stop - row)
         for line in range(lines):
             _expand(codes, books, row + line, weights, line, bits, group)
-        for token in range(0, fours, 4):
-            _four_tokens(weights, x, y, bias, token, row)
-        for token in range(fours, tokens):
-            for line in range(lines):
-                _one_token(weights, line, x, y, bias, token, row + line)
+        _all_tokens(weights, lines, x, y, bias, row)
 
 
 @_helper
@@ -403,16 +411,12 @@ def make_vectors(codes, books, out, bits, tile, group, first, stop):
 @_compiled("void(u1[::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[::1], i8, i8, i8, i8, i8)")
 def few_tokens_vectors(codes, books, x, y, bias, bits, tile, group, first, stop):
     """:func:`few_tokens` with books of vectors."""
-    weights, tokens = np.empty((2, x.shape[1]), np.float32), x.shape[0]
+    weights = np.empty((2, x.shape[1]), np.float32)
     for row in range(first, stop, 2):
-        lines, fours = (2, tokens // 4 * 4) if row + 1 < stop else (1, 0)
+        lines = min(2, stop - row)
         for line in range(lines):
             _expand_vectors(codes, books, row + line, weights, line, bits, tile, group)
-        for token in range(0, fours, 4):
-            _four_tokens(weights, x, y, bias, token, row)
-        for token in range(fours, tokens):
-            for line in range(lines):
-                _one_token(weights, line, x, y, bias, token, row + line)
+        _all_tokens(weights, lines, x, y, bias, row)
 
 
 @_compiled("void(u1[::1], f4[::1], f4[:, ::1], i8, i8, i8, i8, i8)")

@@ -7,24 +7,20 @@ from torch import Tensor
 from hf_rps import internals
 from hf_rps.mappings.base import SharedMatrix
 from hf_rps.mappings.codebook import CodedMatrix
-from hf_rps.products.base import Made, Product, register
+from hf_rps.products.base import FewTokens, register
 from hf_rps.products.numba.loading import loaded
 from hf_rps.products.numba.matrix import few_tokens, usable
 
 
 @register
-class NumbaProduct(Product):
+class NumbaProduct(FewTokens):
     """Few tokens: straight from packed codes, in float32 until the end. Many are for :class:`Made`.
 
-    So is the backward pass: making W and adding up its gradient are the matrix's own, and as fast (:mod:`matrix`).
+    The matrix's own W and adjoint are as fast (:mod:`matrix`).
     HF_RPS_DISABLE_NUMBA=1 keeps it from being chosen.
     """
 
     matrix: CodedMatrix
-
-    def __init__(self, matrix: SharedMatrix):
-        super().__init__(matrix)
-        self._made = Made(matrix)
 
     @classmethod
     def accepts(cls, matrix: SharedMatrix) -> bool:
@@ -43,6 +39,3 @@ class NumbaProduct(Product):
             if y is not None:
                 return y if x.dim() == 2 else internals.reshaped(y, (*x.shape[:-1], self.matrix.rows))
         return self._made.linear(x, psi, bias)
-
-    def gradients(self, gy: Tensor, x: Tensor, psi: Tensor, needs_x: bool, into: Tensor | None) -> Tensor | None:
-        return self._made.gradients(gy, x, psi, needs_x, into)

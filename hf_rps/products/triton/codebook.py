@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_rps.mappings.base import SharedMatrix
 from hf_rps.mappings.codebook import FASTER, CodebookMatrix
 from hf_rps.mappings.codes import packed_size
-from hf_rps.products.base import Made, Product, register
+from hf_rps.products.base import FewTokens, register
 from hf_rps.products.triton.launch import Launcher, loaded
 from hf_rps.products.triton.matrix import same_place, usable
 
@@ -83,19 +83,15 @@ class TritonCodebooks:
 
 
 @register
-class TritonCodebookProduct(Product):
+class TritonCodebookProduct(FewTokens):
     """Few tokens: straight from packed codes, in float32 until the end. Many are for :class:`Made`.
 
-    So is the backward pass: making W and adding up its gradient are the matrix's own, by a launch each. Up to how many
-    tokens this is the better way was not measured; they are as many as with drawn maps, a tile of the matrix units.
+    The matrix's own W and adjoint are a launch each. Up to how many tokens this is the better way was not measured;
+    they are as many as with drawn maps, a tile of the matrix units.
     HF_RPS_DISABLE_TRITON=1 keeps it from being chosen.
     """
 
     matrix: CodebookMatrix
-
-    def __init__(self, matrix: SharedMatrix):
-        super().__init__(matrix)
-        self._made = Made(matrix)
 
     @classmethod
     def accepts(cls, matrix: SharedMatrix) -> bool:
@@ -116,9 +112,6 @@ class TritonCodebookProduct(Product):
             if y is not None:
                 return y
         return self._made.linear(x, psi, bias)
-
-    def gradients(self, gy: Tensor, x: Tensor, psi: Tensor, needs_x: bool, into: Tensor | None) -> Tensor | None:
-        return self._made.gradients(gy, x, psi, needs_x, into)
 
     def _understands(self, x: Tensor, psi: Tensor, bias: Tensor | None) -> bool:
         """False where an argument has to be brought into shape, or refused, by torch's own product."""

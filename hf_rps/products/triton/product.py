@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_rps.mappings.base import SharedMatrix
-from hf_rps.products.base import Made, Product, register
+from hf_rps.products.base import FewTokens, register
 from hf_rps.products.triton.launch import loaded
 from hf_rps.products.triton.matrix import KernelMatrix, can_serve, usable
 
 
 @register
-class TritonProduct(Product):
+class TritonProduct(FewTokens):
     """Few tokens: straight from psi, in float32 until the end. Many: W made by one launch, for the library's product.
 
     Where Triton can't be imported or a kernel can't be compiled, it does what :class:`Made` does, after a warning.
@@ -22,7 +22,6 @@ class TritonProduct(Product):
 
     def __init__(self, matrix: SharedMatrix):
         super().__init__(KernelMatrix(matrix))
-        self._made = Made(self.matrix)
 
     @classmethod
     def accepts(cls, matrix: SharedMatrix) -> bool:
@@ -40,9 +39,6 @@ class TritonProduct(Product):
                 if y is not None:
                     return y
         return self._made.linear(x, psi, bias)
-
-    def gradients(self, gy: Tensor, x: Tensor, psi: Tensor, needs_x: bool, into: Tensor | None) -> Tensor | None:
-        return self._made.gradients(gy, x, psi, needs_x, into)
 
     def _understands(self, x: Tensor, psi: Tensor, bias: Tensor | None) -> bool:
         """False where an argument has to be brought into shape, or refused, by torch's own product."""
