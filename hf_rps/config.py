@@ -206,7 +206,7 @@ class RPSSettings:
         """Set the defaults that depend on the mapping, and refuse what has no meaning with it."""
         if not self.is_learned:
             self.ratio = DEFAULT_RATIO if self.ratio is None else self.ratio
-            for name, default in (("bits", None), ("group_size", None), ("tile", 1)):
+            for name, default in OPTIONS.items():
                 if getattr(self, name) != default and name not in MAPPINGS[self.mapping].options:
                     raise ValueError(
                         f"RPSConfig: {name}={getattr(self, name)!r} has no meaning with mapping={self.mapping!r}; it "
@@ -277,3 +277,7 @@ class RPSSettings:
                 f"places; restore its adapter_config.json, or wherever it was saved"
             )
         return weight_map
+
+
+# fields that only some mappings have, and what they are with the others
+OPTIONS = {f.name: f.default for f in fields(RPSSettings) if any(f.name in m.options for m in MAPPINGS.values())}

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_rps.config import RPSSettings
+from hf_rps.config import OPTIONS, RPSSettings
 from hf_rps.conversion import bank_place, find_banks, shared_layers
 from hf_rps.integrations.peft.config import RPSConfig
 from hf_rps.integrations.transformers.callers import local_of
@@ -30,7 +30,7 @@ LISTED_FROM = 3  # since then every weights file carries a digest of the list of
 GUARD = "import-hf_rps-before-loading.safetensors"
 _OTHERS = ("mode", "bias", "modules", "fingerprint")  # those that only adapters have, and the record's own
 # those that only learned maps have, and what the others have there, which is not written
-_OF_LEARNED = {"bits": None, "group_size": None, "tile": 1, "learned": None}
+_OF_LEARNED = OPTIONS | {"learned": None}
 _RPS_FIELDS = tuple(field.name for field in fields(RPSSettings) if field.name not in _OTHERS)
 _AT_THE_BASE = Place("", "/")  # of the model that is saved: where nearly every bank is
 
