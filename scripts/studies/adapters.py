@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, HfAr
 
 from finetuning.metrics import Accuracy
 from hf_rps import RPSConfig
+from studies import lines
 
 TOPICS = (
     "art", "computers", "definitions", "drugs", "education", "law", "literature", "men-women", "politics", "science",
@@ -202,11 +203,7 @@ class Runs:
         self.file, self.arguments = file, arguments
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
         self.data = load_text(Path(arguments.data_dir), self.tokenizer, arguments.max_length)
-        self.done: dict[str, dict] = {}
-        if file.exists():
-            for line in file.read_text().splitlines():
-                record = json.loads(line)
-                self.done[record.pop("key")] = record
+        self.done: dict[str, dict] = {record.pop("key"): record for record in lines.read(file)}
 
     def __call__(self, method: str, budget: int, learning_rate: float, seed: int) -> dict:
         args = self.arguments
@@ -218,8 +215,7 @@ class Runs:
         if key not in self.done:
             result = run(settings | {"model": args.model_name_or_path}, self.data, self.tokenizer)
             self.done[key] = {name: value for name, value in result.items() if name != "model"}
-            with self.file.open("a") as file:
-                file.write(json.dumps(self.done[key] | {"key": key}) + "\n")
+            lines.add(self.file, self.done[key] | {"key": key})
             print(json.dumps(self.done[key]), flush=True)
         return self.done[key]
 

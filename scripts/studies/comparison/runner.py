@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from studies import lines
 from studies.comparison.tasks import CPYTHON, Data, load_images, load_text
 from studies.comparison.training import Run
 
@@ -68,18 +68,7 @@ class Runner:
         self.environment = environment
         self.file = environment.output_dir / "runs.jsonl"
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._known: dict[str, list[dict]] = {}
-        if self.file.exists():
-            content = self.file.read_text()
-            if content and not content.endswith("\n"):  # cut short by a kill: what is added must not join it
-                with self.file.open("a") as file:
-                    file.write("\n")
-            for line in content.splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the line at which a run of this script was killed
-                self._known[record["key"]] = record["results"]
+        self._known: dict[str, list[dict]] = {r["key"]: r["results"] for r in lines.read(self.file)}
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         """Those that are not in the cache, each once."""
@@ -114,6 +103,4 @@ class Runner:
 
     def _keep(self, run: Run, results: list[dict]) -> None:
         self._known[run.key] = results
-        line = json.dumps({"key": run.key, "run": dataclasses.asdict(run), "results": results})
-        with self.file.open("a") as file:
-            file.write(line + "\n")
+        lines.add(self.file, {"key": run.key, "run": dataclasses.asdict(run), "results": results})

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from studies import lines
+
 EMBEDDINGS = "embedding trained"
 
 
@@ -30,34 +32,18 @@ class Run:
     variant: str = ""
     batch_size: int = 8
 
-    @property
-    def key(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
-
 
 class Runs:
     """Results by run, in a file of JSON lines: a run's settings and what was found."""
 
     def __init__(self, file: Path):
-        self.file, self.results = file, {}
-        if not file.exists():
-            return
-        text = file.read_text()
-        if text and not text.endswith("\n"):  # cut short by a kill: what is added must not join it
-            file.write_text(text + "\n")
-        for line in text.splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line at which the study was killed
-            self.results[Run(**record.pop("run"))] = record
+        self.file, self.results = file, {Run(**record.pop("run")): record for record in lines.read(file)}
 
     def __call__(self, run: Run, execute: Callable[[], dict]) -> dict:
         """The result of ``run``: the known one, else what ``execute`` returns, which is written down."""
         if run not in self.results:
             result = execute()
-            with self.file.open("a") as file:
-                file.write(json.dumps({"run": asdict(run)} | result) + "\n")
+            lines.add(self.file, {"run": asdict(run)} | result)
             self.results[run] = result
             print(
                 json.dumps(asdict(run) | {k: v for k, v in result.items() if k not in ("losses", "samples")}),
