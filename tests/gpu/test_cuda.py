@@ -8,7 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_models import CONFIGS, DEVICE, distance, ids, loss_and_gradients, only_cuda
+from gpu_models import (
+    CONFIGS,
+    DEVICE,
+    check_captured,
+    check_compiled,
+    distance,
+    ids,
+    loss_and_gradients,
+    only_cuda,
+)
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -130,36 +139,14 @@ def test_adapters_equal_the_cpu(mode):
 
 @pytest.mark.parametrize("ratio", [0.1, 0.01])
 def test_compiled_inference_and_training(ratio):
-    model = model_of(ratio=ratio).to(DEVICE)
-    batch = ids().to(DEVICE)
-    compiled = torch.compile(model)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(batch).logits, model(batch).logits, rtol=1e-3, atol=1e-3)
-    model(input_ids=batch, labels=batch).loss.backward()
-    expected = model.model.rps.psi.grad.clone()
-    model.zero_grad()
-    compiled(input_ids=batch, labels=batch).loss.backward()
-    assert distance(model.model.rps.psi.grad, expected) < 1e-3
+    check_compiled(model_of(ratio=ratio).to(DEVICE))
 
 
 @only_cuda
 @pytest.mark.parametrize("ratio", [0.1, 0.01])
 @torch.no_grad()
 def test_a_pass_can_be_captured(ratio):
-    """Inference in a CUDA graph: nothing in a pass waits for the device, and addresses stay."""
-    model = model_of(ratio=ratio).to(DEVICE).eval()
-    batch = ids().to(DEVICE)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            model(batch, use_cache=False)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = model(batch, use_cache=False).logits
-    batch.copy_((ids() + 3) % 251)
-    graph.replay()
-    torch.testing.assert_close(captured, model(batch, use_cache=False).logits)
+    check_captured(model_of(ratio=ratio).to(DEVICE).eval(), ids())
 
 
 def layer_of(rows, cols, ratio, dtype):

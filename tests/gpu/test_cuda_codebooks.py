@@ -10,7 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from codebook_matrices import keep, matrix_of, psi_of
-from gpu_models import CONFIGS, DEVICE, distance, ids, loss_and_gradients, only_cuda
+from gpu_models import (
+    CONFIGS,
+    DEVICE,
+    check_captured,
+    check_compiled,
+    distance,
+    ids,
+    loss_and_gradients,
+    only_cuda,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -147,34 +156,14 @@ def test_reload_is_bit_equal(tmp_path, bits, dtype):
 
 @pytest.mark.parametrize("bits", [3, 4])  # codes that cross bytes, and that do not
 def test_compiled_inference_and_training(bits):
-    model, batch = model_of(bits).to(DEVICE), ids().to(DEVICE)
-    compiled = torch.compile(model)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(batch).logits, model(batch).logits, rtol=1e-3, atol=1e-3)
-    model(input_ids=batch, labels=batch).loss.backward()
-    psi = find_bank(model).psi
-    expected = psi.grad.clone()
-    model.zero_grad()
-    compiled(input_ids=batch, labels=batch).loss.backward()
-    assert distance(psi.grad, expected) < 1e-3
+    check_compiled(model_of(bits).to(DEVICE))
 
 
 @only_cuda
 @pytest.mark.parametrize("tokens", [1, 24])
 @torch.no_grad()
 def test_a_pass_can_be_captured(tokens):
-    model, batch = model_of(4).to(DEVICE).eval(), ids(1, tokens).to(DEVICE)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            model(batch, use_cache=False)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = model(batch, use_cache=False).logits
-    batch.copy_((ids(1, tokens) + 3) % 251)
-    graph.replay()
-    torch.testing.assert_close(captured, model(batch, use_cache=False).logits)
+    check_captured(model_of(4).to(DEVICE).eval(), ids(1, tokens))
 
 
 @torch.no_grad()

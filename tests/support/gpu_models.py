@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
+from hf_rps.conversion import find_bank
+
 DEVICE = os.environ.get("HF_RPS_TEST_DEVICE", "cuda")
 only_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs CUDA itself")
 
@@ -44,3 +46,32 @@ def loss_and_gradients(model, device, **forward):
 
 def distance(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+
+
+def check_compiled(model):
+    """Inference and training under torch.compile equal those without."""
+    batch, psi = ids().to(DEVICE), find_bank(model).psi
+    compiled = torch.compile(model)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(batch).logits, model(batch).logits, rtol=1e-3, atol=1e-3)
+    model(input_ids=batch, labels=batch).loss.backward()
+    expected = psi.grad.clone()
+    model.zero_grad()
+    compiled(input_ids=batch, labels=batch).loss.backward()
+    assert distance(psi.grad, expected) < 1e-3
+
+
+def check_captured(model, tokens):
+    """Inference in a CUDA graph: nothing in a pass waits for the device, and addresses stay."""
+    batch = tokens.to(DEVICE)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(batch, use_cache=False)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = model(batch, use_cache=False).logits
+    batch.copy_((tokens + 3) % 251)
+    graph.replay()
+    torch.testing.assert_close(captured, model(batch, use_cache=False).logits)
