@@ -5,13 +5,13 @@
 #     scripts/gpu.sh FOLDER [STEP ...]   # results go to FOLDER: gpu.jsonl (rows of bench.py), products.jsonl, a log per step
 #     DEVICE=cpu scripts/gpu.sh FOLDER   # a rehearsal with tiny models on a machine without a GPU
 #
-# Steps: correctness codebooks kernels products decode step stack compiled load learned; without names all of them, in
-# this order. Codebooks are the tests of learned maps, learned is their time and memory.
+# Steps: correctness codebooks kernels products decode step stack compiled load folded learned; without names all of
+# them, in this order. Codebooks are the tests of learned maps, learned is their time and memory.
 # It needs torch with CUDA, transformers, accelerate, peft and pytest, and no network; PYTHON names the interpreter.
 set -u
 out=${1:?usage: scripts/gpu.sh FOLDER [STEP ...]}
 shift
-steps=${*:-correctness codebooks kernels products decode step stack compiled load learned}
+steps=${*:-correctness codebooks kernels products decode step stack compiled load folded learned}
 device=${DEVICE:-cuda} python=${PYTHON:-python3}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -55,7 +55,8 @@ for step in $steps; do
         # shellcheck disable=SC2086
         stack) bench stack 70 --only stack --models $stacks --tokens 1 512 2048 ;;
         compiled) bench compiled 120 --only compiled --models $small --ratios 0.1 ;;
-        learned) bench learned 120 --only decode prefill step --models $small $large --batches 1 8 --step-tokens 16 512 --forms codebook ;;
+        folded) bench folded "${BENCH_SECONDS:-120}" --only decode prefill step --models $small $large --batches 1 8 --step-tokens 16 512 --forms folded --ratios 0.1 ;;
+        learned) bench learned "${BENCH_SECONDS:-120}" --only decode prefill step --models $small $large --batches 1 8 --step-tokens 16 512 --forms codebook ;;
         load) bench load 40 --only load memory --models $small --ratios 0.1 ;;
         *) echo "unknown step $step" >&2 ;;
     esac

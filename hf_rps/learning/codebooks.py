@@ -92,7 +92,7 @@ class Codebooks(ABC):
 
     def descend(self, hessian: Tensor) -> int:
         """Choose for each tile in turn the code that is best while the others stay; how many changed."""
-        made, changed, tile = self.made(), 0, self.tile
+        made, before, tile = self.made(), self.codes.clone(), self.tile
         gradient = (made - self.weight) @ hessian  # (rows, cols), half that of the error
         diagonal = self._tiles(hessian)
         metrics, inverses = torch.linalg.cholesky(diagonal), torch.linalg.inv(diagonal)
@@ -103,13 +103,12 @@ class Codebooks(ABC):
                 number, end = (start + i) // tile, i + tile
                 wanted = now[i:end] - inverses[number] @ block[i:end]
                 code, value = self.choose(wanted, start + i, metrics[number])
-                changed += int((code != self.codes[:, number]).sum())
                 self.codes[:, number] = code
                 torch.sub(value, now[i:end], out=steps[i:end])
                 block.addmm_(inside[:, i:end], steps[i:end])
             if stop < self.cols:  # what comes before is asked for in the next round only
                 gradient[:, stop:].addmm_(steps.t(), hessian[start:stop, stop:])
-        return changed
+        return int((self.codes != before).sum())
 
 
 class RowCodebooks(Codebooks):

@@ -56,7 +56,7 @@ def test_float32_equals_the_cpu(kind, ratio):
 
 @pytest.mark.parametrize("options", [
     {"mapping": "hash", "sign": "element"}, {"mapping": "roast"}, {"sharing": "block"}, {"sharing": "module"},
-    {"sign": "none", "grad_scaling": "none"}, {"grad_scaling": "norm"},
+    {"sign": "none", "grad_scaling": "none"}, {"grad_scaling": "norm"}, {"input_fold": 4}, {"input_fold": "full"},
 ])  # fmt: skip
 def test_every_map_equals_the_cpu(options):
     model = model_of(**options)
@@ -65,11 +65,11 @@ def test_every_map_equals_the_cpu(options):
     assert all(distance(gradients[name], expected[name]) < 1e-3 for name in expected)
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("options", [*({"ratio": ratio} for ratio in RATIOS), {"input_fold": "full"}])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_bfloat16_is_as_close_as_the_dense_model(kind, ratio):
+def test_bfloat16_is_as_close_as_the_dense_model(kind, options):
     """The error of the compressed model in bfloat16 against its float32 self, beside the dense model's."""
-    model = model_of(kind, ratio=ratio)
+    model = model_of(kind, **options)
     dense = to_dense(copy.deepcopy(model))
     batch = ids().to(DEVICE)
 
@@ -137,16 +137,16 @@ def test_adapters_equal_the_cpu(mode):
         torch.testing.assert_close(merged(ids().to(DEVICE)).logits, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.01])
-def test_compiled_inference_and_training(ratio):
-    check_compiled(model_of(ratio=ratio).to(DEVICE))
+@pytest.mark.parametrize("options", [{"ratio": 0.1}, {"ratio": 0.01}, {"input_fold": "full"}])
+def test_compiled_inference_and_training(options):
+    check_compiled(model_of(**options).to(DEVICE))
 
 
 @only_cuda
-@pytest.mark.parametrize("ratio", [0.1, 0.01])
+@pytest.mark.parametrize("options", [{"ratio": 0.1}, {"ratio": 0.01}, {"input_fold": "full"}])
 @torch.no_grad()
-def test_a_pass_can_be_captured(ratio):
-    check_captured(model_of(ratio=ratio).to(DEVICE).eval(), ids())
+def test_a_pass_can_be_captured(options):
+    check_captured(model_of(**options).to(DEVICE).eval(), ids())
 
 
 def layer_of(rows, cols, ratio, dtype):

@@ -97,15 +97,35 @@ def test_more_than_2_to_the_31_weights():
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("bits", BITS[:3])
-def test_float32_equals_the_cpu(bits, kind):
-    model = model_of(bits, kind=kind)
+@pytest.mark.parametrize(
+    "options", [*({"bits": bits} for bits in BITS[:3]), {"bits": 4, "tile": 2}, {"bits": 4, "tile": 3}]
+)
+def test_float32_equals_the_cpu(options, kind):
+    model = model_of(kind=kind, **options)
     loss, gradients = loss_and_gradients(model, DEVICE)
     expected_loss, expected = loss_and_gradients(model, "cpu")
     assert loss == pytest.approx(expected_loss, rel=1e-4)
     assert gradients.keys() == expected.keys()
     assert all(distance(gradients[name], expected[name]) < 1e-3 for name in expected)
     assert not launch._failures
+
+
+@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 4, "group_size": 64}, {"bits": 4, "tile": 2}])
+def test_learned_on_the_gpu_as_well_as_on_the_cpu(options):
+    """Sums in another order may choose another code here and there; what the layers give out is as close."""
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    batches = [{"input_ids": (ids(4, 64) * factor) % 251} for factor in (1, 3)]
+
+    @torch.no_grad()
+    def error(device):
+        model = copy.deepcopy(dense).to(device)
+        get_rps_model(model, RPSConfig(mapping="codebook", **options), calibration=batches)
+        assert find_bank(model).psi.device.type == torch.device(device).type
+        model.cpu()
+        return distance(model(**batches[0]).logits, dense(**batches[0]).logits)
+
+    assert error(DEVICE) == pytest.approx(error("cpu"), rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

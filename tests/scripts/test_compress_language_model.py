@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from studies.language_model.rows import Row
 from studies.language_model.runs import Run, Runs
 from studies.language_model.study import Study
 
+DEVICE = os.environ.get("HF_RPS_TEST_DEVICE", "cpu")
 TORCHAO = "torchao:bits=4,group_size=32"
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 
@@ -85,7 +87,7 @@ def test_perplexity_and_accuracy_by_their_definitions(tmp_path):
     make_tokenizer(tmp_path, ["the quick brown fox jumps over the lazy dog"] * 5)
     tokenizer, dense = AutoTokenizer.from_pretrained(tmp_path), model(300)
     ids = torch.randint(5, 40, (3, 20))
-    with torch.no_grad(), scores.arithmetic():
+    with torch.no_grad(), scores.arithmetic(torch.device("cpu")):
         plain = math.exp(sum(dense(input_ids=i[None], labels=i[None]).loss.item() for i in ids) / 3)
     assert scores.perplexity(dense, ids) == pytest.approx(plain, rel=2e-3)
     choices = data.make_choices([torch.randint(5, 40, (60,)) for _ in range(4)], 30)
@@ -93,7 +95,7 @@ def test_perplexity_and_accuracy_by_their_definitions(tmp_path):
     for choice in choices:
         found = []
         for end in choice.continuations:
-            with torch.no_grad(), scores.arithmetic():
+            with torch.no_grad(), scores.arithmetic(torch.device("cpu")):
                 logits = dense(input_ids=torch.tensor([choice.context + end])).logits[0].float().log_softmax(-1)
             total = sum(logits[len(choice.context) - 1 + i, token].item() for i, token in enumerate(end))
             found.append(total / len(tokenizer.decode(end).encode()))
@@ -174,7 +176,7 @@ def test_a_whole_study_and_again(tmp_path, monkeypatch):
     arguments = Arguments(
         str(tmp_path / "model"), output_dir=str(tmp_path / "out"), grid=[1e-3, 1e-2], grid_steps=2,
         rows=["dense", "codebook:bits=2", "bitsandbytes:format=nf4"], steps=3, batch_size=2, base_model="user/tiny",
-        finetune_row="codebook:bits=2", finetune_steps=2, seeds=[0, 1],
+        finetune_row="codebook:bits=2", finetune_steps=2, seeds=[0, 1], device=DEVICE,
     )  # fmt: skip
     study = Study(arguments)
     study.__dict__["texts"] = shortened(study.texts)

@@ -34,7 +34,7 @@ class Arguments:
     grid: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Rates to try."})
     grid_steps: int = HfArg(default=60, help="Steps of the runs that choose rates.")
     steps: int = HfArg(default=150, help="Steps of distillation.")
-    embeddings: bool = HfArg(default=False, help="In the rates' runs, train the embedding, too.")
+    embedding_rate: float | None = HfArg(default=None, help="Train the embedding, too, at this rate; None: frozen.")
     batch_size: int = HfArg(default=8, help="Sequences of 128 tokens per step.")
     methods: list[str] = field(default_factory=lambda: list(TUNED), metadata={"help": f"Any of {', '.join(TUNED)}."})
     finetune_row: str = HfArg(default="codebook:bits=4", help="The row whose codebooks are fine-tuned.")
@@ -42,6 +42,7 @@ class Arguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of fine-tuning; the first tunes."})
     base_model: str | None = HfArg(default=None, help="The model's Hub name, for the cards.")
     threads: int = HfArg(default=1, help="Threads of torch.")
+    device: str = HfArg(default="cpu", help="Of all models: cpu or cuda.")
     publish: bool = HfArg(default=False, help="Fill docs/language_model.md and model_cards/ from the runs.")
 
     def __post_init__(self):

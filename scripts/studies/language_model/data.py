@@ -12,6 +12,7 @@ import ast
 import codecs
 import contextlib
 import io
+import os
 import random
 import sysconfig
 import tokenize
@@ -98,6 +99,19 @@ def load(tokenizer, fortunes: Path) -> Texts:
         code_validation=code_held_out[32:],
         code_held_out=code_held_out[:32],
     )
+
+
+def write(file: Path, texts: Texts) -> None:
+    """Keep texts in a file, whole or not at all."""
+    whole = file.with_suffix(f".{os.getpid()}")
+    torch.save(texts, whole)
+    whole.replace(file)
+
+
+def read(file: Path) -> Texts:
+    """What :func:`write` wrote."""
+    with torch.serialization.safe_globals([Texts, Choice]):
+        return torch.load(file)
 
 
 def blocks(tokens: Tensor, length: int, count: int | None = None) -> Tensor:

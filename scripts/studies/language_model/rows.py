@@ -103,7 +103,7 @@ def codebook(model: nn.Module, documentation: Tensor, calibration: str = "docume
     tokens = documentation
     if calibration == "mixed":
         count, length = tokens.shape
-        tokens = torch.cat([tokens[: count // 2], written_by(model, count - count // 2, length)])
+        tokens = torch.cat([tokens[: count // 2], written_by(model, count - count // 2, length).to(tokens.device)])
     get_rps_model(model, codebook_config(**fields), calibration=[{"input_ids": ids} for ids in tokens.split(8)])
     return codebook_bits(model)
 
@@ -113,7 +113,7 @@ def written_by(model: nn.Module, count: int, length: int, seed: int = 0) -> Tens
     """What ``model`` writes if nothing is asked, drawn from its predictions: token ids (count, length)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        start = torch.full((count, 1), model.config.bos_token_id)
+        start = torch.full((count, 1), model.config.bos_token_id, device=model.device)
         return model.generate(
             input_ids=start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
             min_new_tokens=length - 1, max_new_tokens=length - 1,

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from studies import lines
 
-EMBEDDINGS = "embedding trained"
-
 
 @dataclass(frozen=True)
 class Run:

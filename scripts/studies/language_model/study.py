@@ -13,9 +13,9 @@ from hf_rps import size_report
 from hf_rps.names import is_psi_key
 from studies.language_model import tuning
 from studies.language_model.arguments import Arguments
-from studies.language_model.data import Texts, batches, load
+from studies.language_model.data import Texts, batches, load, read, write
 from studies.language_model.rows import CODEBOOK, Row, codebook_bits
-from studies.language_model.runs import EMBEDDINGS, Run, Runs
+from studies.language_model.runs import Run, Runs
 from studies.language_model.scores import accuracy, perplexity, samples
 from studies.language_model.training import divergence, frozen_head, learn, next_token, teacher_states, train
 
@@ -35,12 +35,20 @@ class Study:
 
     @cached_property
     def texts(self) -> Texts:
-        return load(self.tokenizer, Path(self.arguments.fortunes_dir))
+        """Those of the folder, which another machine may have made: its Python is another, and its sayings are."""
+        file = self.output / "texts.pt"
+        if not file.exists():
+            write(file, load(self.tokenizer, Path(self.arguments.fortunes_dir)))
+        return read(file)
 
     def dense(self) -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(
-            self.arguments.model, gguf_file=self.arguments.gguf_file, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+        return self._load(self.arguments.model, gguf_file=self.arguments.gguf_file)
+
+    def _load(self, source, **options) -> nn.Module:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="eager", **options
+        )
+        return model.to(self.arguments.device).eval()
 
     def compressed(self, row: Row) -> tuple[nn.Module, float]:
         """The untrained model of a row and its bits per targeted weight. Learned maps are kept: they take minutes."""
@@ -52,12 +60,18 @@ class Study:
             model = self.dense()
             row.apply(model, self.texts.calibration)
             model.save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        model = self._load(folder)
         return model, codebook_bits(model)
 
     def folder(self, run: Run) -> Path:
         """Where the distilled model of a run is."""
-        return self.output / "distilled" / f"{Row(run.row).folder}-{run.steps}"
+        return self.output / "distilled" / f"{Row(run.row).folder}-{run.steps}{run.variant and '-embedding'}"
+
+    @property
+    def variant(self) -> str:
+        """Of runs that distil."""
+        rate = self.arguments.embedding_rate
+        return "" if rate is None else f"embedding trained at {rate:g}"
 
     # ---- judging
 
@@ -82,11 +96,11 @@ class Study:
 
     def distil(self, run: Run) -> tuple[nn.Module, dict]:
         """Train the model of a row to predict what the dense one does."""
-        autocast = run.variant != "float32"
-        ids = batches(self.texts.train, run.batch_size, run.steps)
+        autocast, table_rate = run.variant != "float32", self.arguments.embedding_rate
+        ids = batches(self.texts.train, run.batch_size, run.steps).to(self.arguments.device)
         teacher = self._teacher(ids)
         model, bits = self.compressed(Row(run.row))
-        learn(model, embeddings=run.variant == EMBEDDINGS)
+        learn(model, embeddings=table_rate is not None)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         head, table = model.get_output_embeddings().weight, frozen_head(model, autocast)
         head = head if head.requires_grad else table
@@ -94,16 +108,15 @@ class Study:
         def loss(hidden: Tensor, step: int) -> Tensor:
             return divergence(hidden, teacher[step], head, table)
 
-        losses, seconds = train(model, ids, loss, run.rate, autocast)
+        losses, seconds = train(model, ids, loss, run.rate, autocast, table_rate)
         return model, {"bits": bits, "trained": trained, "losses": losses, "seconds": seconds}
 
     def _teacher(self, ids: Tensor) -> Tensor:
         return teacher_states(self.dense(), ids, self.output / f"teacher-{ids.shape[1]}.pt")
 
     def rate(self, row: Row, rate: float) -> dict:
-        variant = EMBEDDINGS if self.arguments.embeddings else ""
         size = self.arguments.batch_size
-        run = Run("rates", row.name, self.arguments.grid_steps, rate, variant=variant, batch_size=size)
+        run = Run("rates", row.name, self.arguments.grid_steps, rate, variant=self.variant, batch_size=size)
 
         def execute() -> dict:
             model, result = self.distil(run)
@@ -120,12 +133,13 @@ class Study:
             if not others:
                 raise ValueError(f"no rate is known for {row.name}; run --stages rates --rows {row.name}")
             tried = self.runs.of("rates", min(others))
-        tried = {run: result["validation"] for run, result in tried.items() if run.variant != EMBEDDINGS}
+        tried = {run: result["validation"] for run, result in tried.items()}
         return min(tried, key=tried.get).rate
 
     def distilled(self, row: Row) -> dict:
         size = self.arguments.batch_size
-        run = Run("distilled", row.name, self.arguments.steps, self.best_rate(row), batch_size=size)
+        rate = self.best_rate(row)
+        run = Run("distilled", row.name, self.arguments.steps, rate, variant=self.variant, batch_size=size)
 
         def execute() -> dict:
             model, result = self.distil(run)
@@ -166,7 +180,8 @@ class Study:
             model, memory = tuning.prepare(run.row, self.dense(), memory)
         if run.row not in self._before:  # before training all runs of a method are the same
             self._before[run.row] = perplexity(model, texts.code_held_out)
-        ids, head = batches(texts.code, run.batch_size, run.steps, run.seed), frozen_head(model)
+        ids = batches(texts.code, run.batch_size, run.steps, run.seed).to(self.arguments.device)
+        head = frozen_head(model)
 
         def loss(hidden: Tensor, step: int) -> Tensor:
             return next_token(hidden, ids[step], head)

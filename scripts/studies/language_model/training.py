@@ -6,6 +6,7 @@ head's logits are never kept: that is a third of a step's time and most of its m
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,23 +25,27 @@ Loss = Callable[[Tensor, int], Tensor]  # of the last hidden states (tokens, hid
 
 
 def train(
-    model: nn.Module, batches: Tensor, loss: Loss, rate: float, autocast: bool = True, weight_decay: float = 0.0
+    model: nn.Module, batches: Tensor, loss: Loss, rate: float, autocast: bool = True, table_rate: float | None = None
 ) -> tuple[list[float], float]:
-    """Train what is trainable in ``model`` on ``batches`` (steps, size, tokens).
+    """Train what is trainable in ``model`` on ``batches`` (steps, size, tokens), the embedding at ``table_rate``.
 
     Returns:
         The loss of every step, and seconds per step.
     """
+    table = model.get_input_embeddings().weight
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("nothing in this model is trainable")
     steps = len(batches)
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=weight_decay)
+    groups = [{"params": [p for p in trained if p is not table]}]
+    if table.requires_grad:
+        groups.append({"params": [table]} | ({} if table_rate is None else {"lr": table_rate}))
+    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(0.05 * steps)), steps)
     body, losses, start = model.get_decoder(), [], time.perf_counter()
     model.train()
     for step, ids in enumerate(tqdm(batches, desc="steps", leave=False)):
-        with arithmetic(autocast):
+        with arithmetic(ids.device, autocast):
             hidden = body(input_ids=ids, use_cache=False).last_hidden_state
             value = loss(hidden.flatten(0, 1), step)
         value.backward()
@@ -134,8 +139,9 @@ def next_token(hidden: Tensor, ids: Tensor, head: Tensor) -> Tensor:
 
 
 def frozen_head(model: nn.Module, autocast: bool = True) -> Tensor:
-    """The head (vocabulary, hidden size), in the dtype of the products."""
-    return model.get_output_embeddings().weight.detach().to(torch.bfloat16 if autocast else torch.float32)
+    """The head (vocabulary, hidden size) as it is now, in the dtype of the products."""
+    weight = model.get_output_embeddings().weight.detach()
+    return weight.to(torch.bfloat16 if autocast else torch.float32, copy=True)
 
 
 @torch.no_grad()
@@ -144,13 +150,15 @@ def teacher_states(model: nn.Module, batches: Tensor, file: Path, autocast: bool
 
     Kept in ``file``, a step after the other, and made only where more steps are asked for than it holds.
     """
-    known = torch.load(file) if file.exists() else torch.empty(0)
+    known = torch.load(file, map_location=batches.device) if file.exists() else torch.empty(0)
     if len(known) >= len(batches):
         return known[: len(batches)]
     rows, body = list(known), model.eval().get_decoder()
     for ids in tqdm(batches[len(known) :], desc="teacher", leave=False):
-        with arithmetic(autocast):
+        with arithmetic(ids.device, autocast):
             rows.append(body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).bfloat16())
     states = torch.stack(rows)
-    torch.save(states, file)
+    whole = file.with_suffix(f".{os.getpid()}")  # other processes may read the file
+    torch.save(states, whole)
+    whole.replace(file)
     return states
