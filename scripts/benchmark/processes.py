@@ -1,7 +1,8 @@
 """A subject in a process of its own: the process's memory, and how the benchmark talks with it.
 
 Processes are forked from a server (multiprocessing's "forkserver") that has done the slow imports and nothing else, so
-that each starts in no time and with an allocator that no other subject has used.
+that each starts in no time and with an allocator that no other subject has used. Where an import starts CUDA (torchao's
+does), which no fork survives, each process imports for itself.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -25,6 +27,10 @@ _PRELOADED = (
     "hf_rps", "peft", "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama",
     "transformers.models.resnet.modeling_resnet",
 )  # fmt: skip
+
+for _module in _PRELOADED:
+    importlib.import_module(_module)
+_METHOD = "spawn" if torch.cuda.is_initialized() else "forkserver"
 
 # What serves a subject: called with settings, gauge and further arguments in the new process, it returns a description
 # (to be pickled) and a function that answers requests
@@ -107,8 +113,9 @@ class Worker:
 
     def __init__(self, settings: Settings, name: str, factory: Factory, *arguments):
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # the BLAS reads it when the server starts
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(_PRELOADED))
+        context = multiprocessing.get_context(_METHOD)
+        if _METHOD == "forkserver":
+            context.set_forkserver_preload(list(_PRELOADED))
         self.name = name
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, settings, factory, arguments), daemon=True)

@@ -20,10 +20,10 @@ TRAINED_BYTES = 16  # of a trained number, its gradient and its optimizer's stat
 NF4_BITS = 4.5
 # the rates that are tried: as many for each
 TUNED = {
-    "full": (3e-5, 1e-4, 3e-4),
-    "lora": (3e-4, 1e-3, 3e-3),
-    "qlora": (3e-4, 1e-3, 3e-3),
-    "codebooks": (1e-4, 3e-4, 1e-3),
+    "full": (1e-5, 3e-5, 1e-4, 3e-4),
+    "lora": (1e-4, 3e-4, 1e-3, 3e-3),
+    "qlora": (1e-4, 3e-4, 1e-3, 3e-3),
+    "codebooks": (3e-5, 1e-4, 3e-4, 1e-3),
 }
 TITLES = {
     "full": "all weights",
