@@ -165,6 +165,13 @@ def test_operations_are_counted():
     assert count_flops(lambda: folded(x).sum().backward()) == pytest.approx(3 * counted, rel=0.2)
 
 
+def test_a_run_that_torch_cannot_count_has_no_count():
+    def attention():
+        raise AssertionError("sdpa_flop_count: query/key/value shapes are incompatible")
+
+    assert count_flops(attention) is None
+
+
 def test_memory_is_counted():
     dense, *others = rows_of("memory", OURS)
     assert dense["targets_ratio"] == pytest.approx(1, abs=1e-3)  # and AdamW's counters of steps

@@ -2,9 +2,11 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,11 +130,16 @@ def test_what_a_model_writes_is_drawn_once_and_for_all():
     assert len(written[:, 1:].unique()) > 30
     assert torch.equal(written, rows.written_by(dense, 3, 20))
     assert torch.equal(state, torch.random.get_rng_state())
-    mixed, plain = model(), model()
-    documentation = torch.randint(0, 400, (4, 20))
-    for name, compressed in (("mixed", mixed), ("documentation", plain)):
-        Row.parse(f"codebook:bits=2,calibration={name}").apply(compressed, documentation)
-    assert not torch.equal(mixed.model.layers[0].mlp.up_proj.weight + 0, plain.model.layers[0].mlp.up_proj.weight + 0)
+
+
+def test_each_calibration_gives_another_map():
+    texts = SimpleNamespace(calibration=torch.randint(0, 400, (4, 20)), train=torch.randint(0, 400, (30, 10)))
+    made = []
+    for name in ("documentation", "mixed", "long"):
+        compressed = model()
+        Row.parse(f"codebook:bits=2,calibration={name}").apply(compressed, texts)
+        made.append(compressed.model.layers[0].mlp.up_proj.weight + 0)
+    assert not any(one.equal(other) for one, other in itertools.combinations(made, 2))
 
 
 def test_rows_that_are_none_are_refused():
@@ -141,9 +148,11 @@ def test_rows_that_are_none_are_refused():
     with pytest.raises(ValueError, match="write name=value"):
         Row.parse("codebook:3")
     with pytest.raises(ValueError, match="calibration='own'"):
-        Row.parse("codebook:bits=4,calibration=own").apply(model(), torch.zeros(1, 4, dtype=torch.int64))
+        Row.parse("codebook:bits=4,calibration=own").apply(
+            model(), SimpleNamespace(calibration=torch.zeros(1, 4, dtype=torch.int64))
+        )
     with pytest.raises(ValueError, match="bits=5"):
-        Row.parse("codebook:bits=5").apply(model(), torch.zeros(1, 4, dtype=torch.int64))
+        Row.parse("codebook:bits=5").apply(model(), SimpleNamespace(calibration=torch.zeros(1, 4, dtype=torch.int64)))
     with pytest.raises(ValueError, match="--stages"):
         Arguments("model", stages=["distil"])
 

@@ -17,7 +17,7 @@ from hf_rps.products.triton.matrix import same_place, usable
 
 _KERNELS = "codebook_kernels"
 
-# Blocks as those of drawn maps (:mod:`hf_rps.products.triton.matrix`), in codes. None was tuned on a GPU yet.
+# Blocks as those of drawn maps (:mod:`hf_rps.products.triton.matrix`), in codes. Right on an H200, not tuned on one.
 _ROWS, _COLS = 4, 1024  # one token
 _DOT_ROWS, _DOT_BYTES, _STAGES = 16, 512, 3  # few tokens
 _TILE, _TILE_COLS = 4096, 256  # weights that a program makes

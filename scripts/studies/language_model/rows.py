@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_rps import RPSConfig, get_rps_model, size_report
 from hf_rps.targets import find_targets
+from studies.language_model.data import Texts
 
 CODEBOOK = "codebook"
 TARGETS = RPSConfig(mapping=CODEBOOK)  # every attention and MLP projection
@@ -67,40 +68,45 @@ class Row:
         """The name for a table."""
         return METHODS[self.method].title(**self.options)
 
-    def apply(self, model: nn.Module, documentation: Tensor | None) -> float:
+    def apply(self, model: nn.Module, texts: Texts | None) -> float:
         """Compress ``model`` in place, and say how many bits a targeted weight takes then.
 
         Args:
             model: Dense.
-            documentation: Token ids (sequences, tokens) on which maps are learned.
+            texts: Those on which maps are learned; None for methods that learn nothing.
         """
-        return METHODS[self.method].apply(model, documentation, **self.options)
+        return METHODS[self.method].apply(model, texts, **self.options)
 
 
 @dataclass(frozen=True)
 class Method:
-    """``apply(model, documentation, **options)``: bits per targeted weight; ``title(**options)``: for tables."""
+    """``apply(model, texts, **options)``: bits per targeted weight; ``title(**options)``: for tables."""
 
     apply: Callable[..., float]
     title: Callable[..., str]
 
 
-def dense(model: nn.Module, documentation: Tensor) -> float:
+def dense(model: nn.Module, texts: Texts) -> float:
     return 32.0
 
 
-def codebook(model: nn.Module, documentation: Tensor, calibration: str = "documentation", **fields) -> float:
+def codebook(model: nn.Module, texts: Texts, calibration: str = "documentation", **fields) -> float:
     """hf_rps's learned maps.
 
     Args:
         model: Dense.
-        documentation: Token ids (sequences, tokens).
-        calibration: "documentation", or "mixed": half of it, and as much that the model itself writes.
+        texts: Of the study.
+        calibration: "documentation", or "mixed": half of it, and as much that the model itself writes; or "long": four
+            times as many tokens, the others from what is trained on.
         fields: Of RPSConfig.
     """
-    if calibration not in ("documentation", "mixed"):
-        raise ValueError(f"codebook: calibration={calibration!r} is none of documentation, mixed")
-    tokens = documentation
+    if calibration not in ("documentation", "mixed", "long"):
+        raise ValueError(f"codebook: calibration={calibration!r} is none of documentation, mixed, long")
+    tokens = texts.calibration
+    if calibration == "long":
+        count, length = tokens.shape
+        more = texts.train.flatten()[: 3 * count * length]
+        tokens = torch.cat([tokens, more.view(-1, length)])
     if calibration == "mixed":
         count, length = tokens.shape
         tokens = torch.cat([tokens[: count // 2], written_by(model, count - count // 2, length).to(tokens.device)])
@@ -149,7 +155,7 @@ def round_weights(model: nn.Module, rounded: Callable[[Tensor], tuple[Tensor, fl
     return bits / count
 
 
-def bitsandbytes(model: nn.Module, documentation: Tensor | None, format: str, blocksize: int = 64) -> float:
+def bitsandbytes(model: nn.Module, texts: Texts | None, format: str, blocksize: int = 64) -> float:
     """``format`` nf4, fp4 (a float32 scale for each of ``blocksize`` weights) or int8 (a float32 scale per row)."""
     from bitsandbytes import functional
 
@@ -169,7 +175,7 @@ def bitsandbytes_title(format: str, blocksize: int = 64) -> str:
     return "bitsandbytes int8" if format == "int8" else f"bitsandbytes {format.upper()}, blocks of {blocksize}"
 
 
-def torchao(model: nn.Module, documentation: Tensor | None, bits: int, group_size: int) -> float:
+def torchao(model: nn.Module, texts: Texts | None, bits: int, group_size: int) -> float:
     """torchao's weight-only integers, affine in groups of a row: a bfloat16 scale and an int8 zero for each."""
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
     from torchao.quantization.quant_primitives import MappingType

@@ -54,11 +54,11 @@ class Study:
         """The untrained model of a row and its bits per targeted weight. Learned maps are kept: they take minutes."""
         if row.method != CODEBOOK:
             model = self.dense()
-            return model, row.apply(model, self.texts.calibration)
+            return model, row.apply(model, self.texts)
         folder = self.output / "students" / row.folder
         if not (folder / "config.json").exists():
             model = self.dense()
-            row.apply(model, self.texts.calibration)
+            row.apply(model, self.texts)
             model.save_pretrained(folder)
         model = self._load(folder)
         return model, codebook_bits(model)
