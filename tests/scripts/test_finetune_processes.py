@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from finetune_runs import PYTHON, SCRIPT, flags, history, results, run
+from finetune_runs import PYTHON, SCRIPT, SHARDS, flags, history, results, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -42,12 +42,6 @@ def test_two_processes_equal_one(base, finetune, tmp_path, task, mode):
     parameters = results(two)["parameters"]
     assert f"{4 * parameters['stored']:,} bytes of gradients are reduced per step over 2 processes" in log
     assert parameters["stored"] == parameters["dense"] - parameters["n"] + parameters["m"]
-
-
-ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "SHARDED_BY": "zero"}
-SHARDS = {"fsdp2": {"SHARDED_BY": "fsdp2"}} | {
-    f"zero{stage}": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)} for stage in (1, 2, 3)
-}
 
 
 @pytest.mark.parametrize("kind", SHARDS)

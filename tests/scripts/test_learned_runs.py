@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from finetune_runs import history, results
+from finetune_runs import SHARDS, history, results
 from forks import forks
 from resumed_runs import same_run
 from safetensors.torch import load_file
@@ -92,6 +92,27 @@ def test_two_processes_have_the_map_of_one(base, finetune, folder):
     assert one.keys() == two.keys()  # which have the digest of the codes
     losses = [[row["loss"] for row in history(folder / name, "train")] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", SHARDS)
+def test_sharded_training_equals_one_process(base, finetune, folder, kind):
+    """FSDP2 and ZeRO: the losses of one process, the same codes, and codebooks as near; also resumed in the middle."""
+    if kind != "fsdp2":
+        pytest.importorskip("deepspeed")
+    arguments = pretrained(base, "lm") | {"max_train_steps": 6, "save_steps": 3, "logging_steps": 1}
+    finetune(folder, arguments | {"per_device_train_batch_size": 8, "output_dir": f"{kind}-one"})
+    sharded = arguments | {"per_device_train_batch_size": 4, "output_dir": kind}
+    finetune(folder, sharded, processes=2, **SHARDS[kind])
+    shutil.rmtree(folder / kind / "checkpoint-6")
+    shutil.rmtree(folder / kind / "model")
+    (folder / kind / "results.json").unlink()
+    finetune(folder, sharded | {"resume": True}, processes=2, **SHARDS[kind])
+    losses = [[row["loss"] for row in history(folder / name, "train")] for name in (f"{kind}-one", kind)]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-5)
+    one, other = weights(folder / f"{kind}-one" / "model"), weights(folder / kind / "model")
+    assert one.keys() == other.keys()  # which have the digest of the codes
+    assert all(one[key].equal(other[key]) for key in one if ".codes_" in key)
+    torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-3)
 
 
 def test_the_weights_alone_give_another_map(base, finetune, folder):

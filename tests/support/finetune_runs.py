@@ -26,6 +26,12 @@ DIGITS = {
     "report_to": "none",
 }
 
+# environments of runs whose model is sharded; those of ZeRO need DeepSpeed
+_ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "SHARDED_BY": "zero"}
+SHARDS = {"fsdp2": {"SHARDED_BY": "fsdp2"}} | {
+    f"zero{stage}": _ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)} for stage in (1, 2, 3)
+}
+
 
 def flags(arguments: dict) -> list[str]:
     """{"a": 1, "b": True, "c": False} as ["--a", "1", "--b"]."""
