@@ -63,6 +63,7 @@ _VALID = {
     ),
     "tile": (lambda v: _is_int(v) and 1 <= v <= MOST_TILE, f"an integer from 1 to {MOST_TILE}, weights with one code"),
     "seed": (_is_int, "an integer"),
+    "share_embeddings": (lambda v: isinstance(v, bool), "True or False"),
     "input_fold": (lambda v: v == "full" or (_is_int(v) and v >= 1), "an integer of at least 1, or 'full'"),
     "target_modules": (_is_patterns, _PATTERNS),
     "exclude_modules": (_is_patterns, _PATTERNS),
@@ -115,6 +116,9 @@ class RPSSettings:
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or a regex of modules to leave dense."}
+    )
+    share_embeddings: bool = field(
+        default=False, metadata={"help": "Share the tables of embeddings of the base model, too."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to share; default all."}

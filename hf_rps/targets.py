@@ -65,7 +65,8 @@ def _read_by_torch(modules: dict[str, nn.Module]) -> set[nn.Module]:
 def _default_names(model: nn.Module, modules: dict[str, nn.Module], adapters: bool) -> list[str]:
     """All layers that can be shared, quantised ones too, of the base model but those that are output heads.
 
-    Kinds that are a fallback (convolutions) come in where there are no others.
+    Kinds that have a field of the config are left out. Those that are a fallback (convolutions) come in where there
+    are no others.
     """
     base, prefix = base_model_of(model), base_prefix(model)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -78,8 +79,21 @@ def _default_names(model: nn.Module, modules: dict[str, nn.Module], adapters: bo
         and (_quantised(module) or shareable_kind(module))
     }
     kinds = {name: kind_of(module) for name, module in body.items()}
+    kinds = {name: kind for name, kind in kinds.items() if kind is None or kind.field is None}
     names = [name for name, kind in kinds.items() if kind is None or not kind.fallback]
     return names or [name for name, kind in kinds.items() if kind.adapters or not adapters]
+
+
+def _asked_for(config: RPSSettings, module: nn.Module) -> bool:
+    """True for layers of a kind that a field of the config chooses, whatever ``target_modules`` are."""
+    kind = kind_of(module)
+    return kind is not None and kind.field is not None and getattr(config, kind.field)
+
+
+def _asked_names(model: nn.Module, config: RPSSettings, modules: dict[str, nn.Module]) -> list[str]:
+    base, prefix = base_model_of(model), base_prefix(model)
+    inside = (name for name in modules if base is model or name.startswith(prefix))
+    return [name for name in inside if _asked_for(config, modules[name])]
 
 
 def chosen_names(
@@ -91,6 +105,8 @@ def chosen_names(
         names = [name for name, module in matched if module._parameters or _quantised(module)]
     else:
         names = _default_names(model, modules, adapters or config.target_modules is not None)
+    chosen = {*names, *_asked_names(model, config, modules)}
+    names = [name for name in modules if name in chosen]
     kept_out = [rf"(^|.*\.){module}($|\..*)" for module in config.modules_to_save or ()]
     return [
         name
@@ -135,6 +151,11 @@ def find_targets(
         if problem is None:
             candidates += candidates_of(name, module)
             continue
+        if _asked_for(config, module):
+            raise ValueError(
+                f"{kind_of(module).field}=True chooses {name!r}, which is {problem} and can't be shared. Name it in "
+                f"exclude_modules to leave it dense."
+            )
         if is_explicit(config):
             raise ValueError(
                 f"target_modules={config.target_modules!r} matches {name!r}, which is {problem} and can't be shared. "

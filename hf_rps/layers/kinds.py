@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_rps.layers.base import RPSLayer
 from hf_rps.layers.convolution import RPSConv
+from hf_rps.layers.embedding import RPSEmbedding
 from hf_rps.layers.linear import RPSLinear, RPSTransposedLinear
 from hf_rps.psi.bank import Bank
 
@@ -33,6 +34,7 @@ class LayerKind(ABC):
         adapters: Whether PEFT adapters can take such layers.
         multiplies: Whether the layer multiplies the last dimension of its input with the matrix, and nothing else.
         fallback: Chosen by default only in models that have no layer of the other kinds.
+        field: Of the config, that must be True for such layers to be chosen by default.
     """
 
     noun: ClassVar[str]
@@ -41,6 +43,7 @@ class LayerKind(ABC):
     adapters: ClassVar[bool] = False
     multiplies: ClassVar[bool] = False
     fallback: ClassVar[bool] = False
+    field: ClassVar[str | None] = None
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -126,6 +129,19 @@ class Convolution(LayerKind):
         return math.prod(module.kernel_size)
 
 
+class Embedding(LayerKind):
+    """nn.Embedding, and subclasses with the same forward. A row of the matrix is the vector of an id."""
+
+    noun, layer, field = "embeddings", RPSEmbedding, "share_embeddings"
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+
+    def can_share(self, module: nn.Module) -> bool:
+        # these would write to the weight, scale its gradient by what a batch holds, or want it sparse
+        return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+
+
 class Linear(LayerKind):
     """nn.Linear, and layers of any class that compute ``F.linear(x, weight, bias)``."""
 
@@ -160,7 +176,7 @@ def _computes_linear(module: nn.Module) -> bool:
         return False
 
 
-KINDS: list[LayerKind] = [TransposedLinear(), Convolution(), Linear()]
+KINDS: list[LayerKind] = [TransposedLinear(), Convolution(), Embedding(), Linear()]
 
 
 def register(kind: LayerKind) -> LayerKind:

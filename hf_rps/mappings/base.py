@@ -111,6 +111,19 @@ class SharedMatrix(ABC):
             (part,) = torch.autograd.grad(self.weight(psi), psi, gradient.to(into.dtype))
         into.add_(part)
 
+    def look_up(self, ids: Tensor, psi: Tensor) -> Tensor:
+        """W[ids], (..., cols) for int64 ``ids`` (...), by operations that autograd and compilers can follow.
+
+        Raises:
+            IndexError: An id is no row (on a GPU torch's assertion fails instead).
+        """
+        return F.embedding(ids, self.weight(psi))
+
+    def add_look_up_adjoint(self, into: Tensor, ids: Tensor, gradient: Tensor) -> None:
+        """``into`` (m,) += R^T of what ``gradient`` (k, cols) for W[ids], ``ids`` (k,), is for W."""
+        whole = gradient.new_zeros(self.rows, self.cols)
+        self.add_adjoint(into, whole.index_add_(0, ids, gradient))
+
     def add_load(self, into: Tensor, factor: float = 1.0) -> None:
         """``into`` (m,) += ``factor`` times this matrix's part of Gamma: for every slot, its column's sum of squares.
 

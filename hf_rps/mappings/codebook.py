@@ -80,6 +80,15 @@ class CodedMatrix(SharedMatrix):
         """What is stored, uint8 (rows, row_bytes): packed codes and, where rows have scales, their bytes."""
         return self._home[self._key]
 
+    def codes_of(self, device: torch.device, ids: Tensor | None = None) -> Tensor:
+        """:attr:`codes` on ``device``, of all rows or of ``ids`` (k,).
+
+        Raises:
+            IndexError: An id is no row.
+        """
+        codes = self.codes.to(device)
+        return codes if ids is None else F.embedding(ids, codes)
+
     def segment(self, psi: Tensor) -> Tensor:
         """Its codebooks (size,), a view of psi or of its gradient."""
         return psi[self.start : self.start + self.size]
@@ -112,12 +121,24 @@ class CodebookMatrix(CodedMatrix):
         """All codebooks (rows, groups * entries), a view of psi or of its gradient."""
         return self.segment(psi).view(self.rows, -1)
 
-    def places(self, device: torch.device) -> Tensor:
-        """Of every weight, its entry among all those of its row: int64 (rows, cols)."""
-        codes = unpack(self.codes.to(device), self.cols, self.bits).to(torch.int64)
+    def places(self, device: torch.device, ids: Tensor | None = None) -> Tensor:
+        """Of every weight, or those of rows ``ids`` (k,), its entry among all those of its row: int64 (rows, cols)."""
+        codes = unpack(self.codes_of(device, ids), self.cols, self.bits).to(torch.int64)
         if self.groups > 1:
             codes = codes + torch.arange(self.cols, device=device) // self.group * self.entries
         return codes
+
+    def _row_places(self, device: torch.device, ids: Tensor) -> Tensor:
+        """Of the weights of rows ``ids`` (k,), their entries among all those of the matrix: int64 (k, cols)."""
+        return self.places(device, ids) + ids[:, None] * (self.groups * self.entries)
+
+    def look_up(self, ids: Tensor, psi: Tensor) -> Tensor:
+        places = self._row_places(psi.device, ids.flatten())
+        return self.segment(psi)[places].view(*ids.shape, self.cols)
+
+    def add_look_up_adjoint(self, into: Tensor, ids: Tensor, gradient: Tensor) -> None:
+        places = self._row_places(into.device, ids)
+        self.segment(into).index_add_(0, places.flatten(), gradient.to(into.dtype).flatten())
 
     def weight(self, psi: Tensor) -> Tensor:
         return self.books(psi).gather(1, self.places(psi.device))
@@ -148,26 +169,39 @@ class VectorMatrix(CodedMatrix):
         """All codebooks (groups * entries, tile), a view of psi or of its gradient."""
         return self.segment(psi).view(-1, self.tile)
 
-    def scales(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(rows, 1)."""
-        # a copy, since the bytes of one row alone may begin anywhere
-        stored = self.codes[:, self.code_bytes :].to(device).clone(memory_format=torch.contiguous_format)
-        return stored.view(torch.bfloat16).to(dtype)
+    def scales(self, device: torch.device, dtype: torch.dtype, ids: Tensor | None = None) -> Tensor:
+        """(rows, 1), of all rows or of ``ids`` (k,)."""
+        low, high = self.codes_of(device, ids)[:, self.code_bytes :].to(torch.int32).split(1, 1)
+        # bfloat16 is the upper half of a float32. (Two bytes viewed as one number come out wrong under torch.compile)
+        return ((low | high << 8) << 16).view(torch.float32).to(dtype)
 
-    def places(self, device: torch.device) -> Tensor:
-        """Of every tile, its entry among all those of the matrix: int64 (rows, tiles)."""
-        codes = unpack(self.codes[:, : self.code_bytes].to(device), self.tiles, self.bits).to(torch.int64)
+    def places(self, device: torch.device, ids: Tensor | None = None) -> Tensor:
+        """Of every tile, or those of rows ``ids`` (k,), its entry among all of the matrix: int64 (rows, tiles)."""
+        codes = unpack(self.codes_of(device, ids)[:, : self.code_bytes], self.tiles, self.bits).to(torch.int64)
         if self.groups > 1:
             codes = codes + torch.arange(self.tiles, device=device) * self.tile // self.group * self.entries
         return codes
 
+    def _made(self, psi: Tensor, ids: Tensor | None) -> Tensor:
+        vectors = F.embedding(self.places(psi.device, ids), self.books(psi))  # (rows, tiles, tile)
+        return vectors.flatten(1)[:, : self.cols] * self.scales(psi.device, psi.dtype, ids)
+
+    def _add(self, into: Tensor, gradient: Tensor, ids: Tensor | None) -> None:
+        scaled = gradient * self.scales(into.device, into.dtype, ids)
+        scaled = F.pad(scaled, (0, self.tiles * self.tile - self.cols))
+        self.books(into).index_add_(0, self.places(into.device, ids).flatten(), scaled.view(-1, self.tile))
+
     def weight(self, psi: Tensor) -> Tensor:
-        vectors = F.embedding(self.places(psi.device), self.books(psi))  # (rows, tiles, tile)
-        return vectors.flatten(1)[:, : self.cols] * self.scales(psi.device, psi.dtype)
+        return self._made(psi, None)
+
+    def look_up(self, ids: Tensor, psi: Tensor) -> Tensor:
+        return self._made(psi, ids.flatten()).view(*ids.shape, self.cols)
 
     def _add_adjoint(self, into: Tensor, gradient: Tensor) -> None:
-        scaled = F.pad(gradient * self.scales(into.device, into.dtype), (0, self.tiles * self.tile - self.cols))
-        self.books(into).index_add_(0, self.places(into.device).flatten(), scaled.view(-1, self.tile))
+        self._add(into, gradient, None)
+
+    def add_look_up_adjoint(self, into: Tensor, ids: Tensor, gradient: Tensor) -> None:
+        self._add(into, gradient.to(into.dtype), ids)
 
     def add_load(self, into: Tensor, factor: float = 1.0) -> None:
         self._add_adjoint(into, (self.scales(into.device, into.dtype) * factor).expand(self.rows, self.cols))

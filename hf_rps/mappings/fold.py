@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_rps.hashing import hash_int
-from hf_rps.mappings.base import Mapping, SharedMatrix, SignedScale, Span
+from hf_rps.mappings.base import DeviceCopies, Mapping, SharedMatrix, SignedScale, Span
 from hf_rps.mappings.indexed import IndexedMatrix
 from hf_rps.mappings.layout import RowLayout, row_layout
 from hf_rps.mappings.sizes import slots_for
@@ -100,6 +101,7 @@ class FoldMatrix(SharedMatrix):
         shifts = tuple(fold.shifts[first : (span.stop - 1) // fold.m + 1])
         self.rotations = Rotations(fold.m, fold.base, start, shifts)
         self._factor = SignedScale(scale, signs[:, 0])
+        self._starts: tuple[DeviceCopies, ...] = ()
 
     def factor(self, psi: Tensor) -> Tensor:
         """Scale times sign, (rows,), where psi is; of float32, or float64 where psi is."""
@@ -137,6 +139,24 @@ class FoldMatrix(SharedMatrix):
         for (slot, length), piece in zip(runs, scaled.split([length for _, length in runs]), strict=True):
             into[slot : slot + length].add_(piece)
 
+    def _row_slots(self, ids: Tensor) -> Tensor:
+        """The slots of rows ``ids`` (...): int64 (..., cols)."""
+        m, base, start, shifts = self.rotations
+        if not self._starts:  # first weights of the rows, from a table, so that an id that is no row is found out
+            with torch.inference_mode(False):
+                starts = start + self.cols * torch.arange(self.rows)[:, None]
+                self._starts = (DeviceCopies(starts), DeviceCopies(torch.tensor(shifts)))
+        starts, shifts = (table.on(ids.device) for table in self._starts)
+        place = F.embedding(ids, starts) + torch.arange(self.cols, device=ids.device)
+        return base + (place % m + shifts[place // m]) % m
+
+    def look_up(self, ids: Tensor, psi: Tensor) -> Tensor:
+        return (psi[self._row_slots(ids)] * self.factor(psi)[ids][..., None]).to(psi.dtype)
+
+    def add_look_up_adjoint(self, into: Tensor, ids: Tensor, gradient: Tensor) -> None:
+        scaled = gradient.to(into.dtype) * self.factor(into)[ids][:, None]
+        into.index_add_(0, self._row_slots(ids).flatten(), scaled.flatten())
+
     def add_load(self, into: Tensor, factor: float = 1.0) -> None:
         for slot, length, value in self.load_pieces():
             into[slot : slot + length] += value * factor
@@ -145,7 +165,7 @@ class FoldMatrix(SharedMatrix):
         return [(slot, length, self._factor.scale**2) for slot, length in self.layout.runs]
 
     def kept_tensors(self) -> list[Tensor]:
-        return self._factor.tensors()
+        return self._factor.tensors() + [tensor for table in self._starts for tensor in table.tensors()]
 
 
 def draw_shifts(n: int, m: int, alignment: int, key: int, spans: Sequence[Span]) -> tuple[int, ...]:

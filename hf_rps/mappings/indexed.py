@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_rps.hashing import hash_range
@@ -42,6 +43,19 @@ class IndexedMatrix(SharedMatrix):
     def add_adjoint(self, into: Tensor, gradient: Tensor) -> None:
         scaled = (gradient * self._factor.on(into.device, into.dtype)).reshape(-1)
         into.index_add_(0, self._index.on(into.device), scaled.to(into.dtype))
+
+    def _rows_of(self, table: Tensor, ids: Tensor) -> Tensor:
+        """Rows ``ids`` (...) of something that all weights have, or of what each row has: (..., cols) or (..., 1)."""
+        return F.embedding(ids, table.view(self.rows, -1))
+
+    def look_up(self, ids: Tensor, psi: Tensor) -> Tensor:
+        factor = self._rows_of(self._factor.on(psi.device, psi.dtype), ids)
+        return (psi[self._rows_of(self._index.on(psi.device), ids)] * factor).to(psi.dtype)
+
+    def add_look_up_adjoint(self, into: Tensor, ids: Tensor, gradient: Tensor) -> None:
+        scaled = gradient * self._rows_of(self._factor.on(into.device, into.dtype), ids)
+        slots = self._rows_of(self._index.on(into.device), ids)
+        into.index_add_(0, slots.flatten(), scaled.flatten().to(into.dtype))
 
     def add_load(self, into: Tensor, factor: float = 1.0) -> None:
         square = torch.tensor(self._factor.scale**2 * factor, device=into.device, dtype=into.dtype)

@@ -1,4 +1,4 @@
-"""The autograd nodes of shared weights: a linear layer by any product, an input folded, and a weight made whole.
+"""The autograd nodes of shared weights: a linear layer by any product, an input folded, rows, and a weight made whole.
 
 Their backward passes return no gradient for psi: they add it to the buffer of the pass, and the pass's own node
 (:class:`hf_rps.psi.sink.GradientSink`) hands the sum to autograd. In a backward pass that is itself differentiated they
@@ -61,6 +61,30 @@ def shared_weight(psi: Tensor, matrix: SharedMatrix, buffer: Buffer | None) -> T
     ``matrix.weight(psi)``, whose own gradient would be an array of the size of psi for every run.
     """
     return _SharedWeight.apply(psi, matrix, buffer)
+
+
+def shared_rows(
+    ids: Tensor, psi: Tensor, matrix: SharedMatrix, buffer: Buffer | None, padding: int | None = None
+) -> Tensor:
+    """W[ids], (..., cols), without the rest of W; its gradient goes to ``buffer``, that of row ``padding`` nowhere.
+
+    Args:
+        ids: int64, (...).
+        psi: (m,), the shared array as this pass reads it.
+        matrix: W (rows, cols).
+        buffer: Receives the gradient of psi. None: psi needs no gradient.
+        padding: A row whose gradient is dropped.
+
+    Raises:
+        IndexError: An id is no row.
+    """
+    return _SharedRows.apply(psi, ids, matrix, buffer, padding)
+
+
+def rows_by_definition(ids: Tensor, psi: Tensor, matrix: SharedMatrix, padding: int | None) -> Tensor:
+    """:func:`shared_rows` out of operations that autograd, compilers and torch.func can follow."""
+    rows = matrix.look_up(ids, psi)
+    return rows if padding is None else torch.where((ids == padding)[..., None], rows.detach(), rows)
 
 
 def linear_by_definition(x: Tensor, psi: Tensor, bias: Tensor | None, matrix: SharedMatrix) -> Tensor:
@@ -148,6 +172,31 @@ class _SharedLinear(torch.autograd.Function):
             if gx is not None and gx.shape != x.shape:
                 gx = gx.view(x.shape)
         return gx, None, gbias, None, None, None
+
+
+class _SharedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, psi, ids, matrix, buffer, padding):
+        ctx.set_materialize_grads(False)
+        ctx.matrix, ctx.buffer, ctx.padding = matrix, buffer, padding
+        ctx.save_for_backward(ids)
+        _keep(ctx, psi)
+        return matrix.look_up(ids, psi)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gpsi = None
+        if gradient is not None:
+            (ids,), psi = ctx.saved_tensors, _kept(ctx)
+            if torch.is_grad_enabled():  # double backward
+                rows = rows_by_definition(ids, psi, ctx.matrix, ctx.padding)
+                (gpsi,) = _gradients_by_definition(rows, gradient, (psi,), ctx.needs_input_grad[:1])
+            else:
+                if ctx.padding is not None:
+                    gradient = gradient * (ids != ctx.padding)[..., None]
+                flat = gradient.reshape(-1, gradient.size(-1))
+                ctx.matrix.add_look_up_adjoint(ctx.buffer.get(psi), ids.flatten(), flat)
+        return gpsi, None, None, None, None
 
 
 class _SharedWeight(torch.autograd.Function):

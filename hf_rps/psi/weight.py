@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from hf_rps import internals
-from hf_rps.products.autograd import linear_by_definition, shared_linear, shared_weight
+from hf_rps.products.autograd import (
+    linear_by_definition,
+    rows_by_definition,
+    shared_linear,
+    shared_rows,
+    shared_weight,
+)
 from hf_rps.products.base import products_of
 from hf_rps.psi.array import Source
 
@@ -119,6 +125,17 @@ class SharedWeight:
             return self.matrix.weight(self._plain_psi(device, dtype))
         psi, buffer = self.source.read(device, dtype)
         return shared_weight(psi, self.matrix, buffer)
+
+    def look_up(self, ids: Tensor, dtype: torch.dtype, padding: int | None = None) -> Tensor:
+        """W[ids] in ``dtype``, (..., in_features); the gradient of row ``padding`` is dropped.
+
+        Raises:
+            IndexError: An id is no row.
+        """
+        if takes_plain_path():
+            return rows_by_definition(ids, self._plain_psi(ids.device, dtype), self.matrix, padding)
+        psi, buffer = self.source.read(ids.device, dtype)
+        return shared_rows(ids, psi, self.matrix, buffer, padding)
 
     def _plain_psi(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """psi (m,) for the plain path.

@@ -128,8 +128,9 @@ def test_what_is_learned_around_a_quantised_model(folder, method, group, bits):
 def test_codebooks_are_judged_as_they_are_counted():
     model = get_rps_model(encoder(layers=2), RPSConfig(mapping="codebook", bits=2, exclude_modules=["pooler.dense"]))
     codes, books = size_report(model).code_bytes, size_report(model).codebook_bytes
-    sizes = students.stored_bytes(model, "codebook", CONFIG, 10**6)
-    assert sizes == {"target_bytes": codes + books // 2, "file_bytes": 10**6 - books // 2}
+    sizes = students.stored_bytes(model, students.Student("codebook", 2), CONFIG, 10**6)
+    n = size_report(model).n
+    assert sizes == {"weights": n, "target_bytes": codes + books // 2, "file_bytes": 10**6 - books // 2}
     psi = find_bank(model).psi.clone()
     rounded = find_bank(students.round_codebooks(model)).psi
     assert not torch.equal(rounded, psi)
@@ -154,7 +155,7 @@ def test_a_whole_study_and_again(tmp_path):
     """Corpus, students, learning rates, runs, evaluation and report; the second time nothing is trained."""
     encoder(layers=2).save_pretrained(tmp_path / "encoder")
     make_tokenizer(tmp_path / "encoder", ["the quick brown fox jumps over the lazy dog"] * 5)
-    chosen = ["rps-0.5", "smaller-0.5", "magnitude-0.5", "codebook-2", "int8"]
+    chosen = ["rps-0.5", "smaller-0.5", "magnitude-0.5", "codebook-2", "codebook+embeddings-2", "int8"]
     command = [sys.executable, SCRIPTS / "compress_encoder.py", "--model", "encoder", "--output_dir", "out",
                "--students", *chosen, "--steps", "6", "--grid", "1e-3", "1e-4", "--grid_steps", "2", "--max_length",
                "16", "--base_model", "user/encoder"]  # fmt: skip
@@ -167,7 +168,7 @@ def test_a_whole_study_and_again(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         printed.append(done.stdout)
     table = (tmp_path / "out" / "report" / "table.md").read_text()
-    assert table.count("\n") == 8  # head, rule, teacher and five students
+    assert table.count("\n") == 9  # head, rule, teacher and six students
     assert "done: rps-0.5" in printed[0]
     assert "done:" not in printed[1]
     assert table in printed[1]

@@ -29,8 +29,11 @@ LISTED_FROM = 3  # since then every weights file carries a digest of the list of
 # on with random weights where ignore_mismatched_sizes=True defeats the sentinel, stop with an error that says this name
 GUARD = "import-hf_rps-before-loading.safetensors"
 _OTHERS = ("mode", "bias", "modules", "fingerprint")  # those that only adapters have, and the record's own
-# those that only learned maps have, and what the others have there, which is not written
-_OF_LEARNED = OPTIONS | {"learned": None}
+# what is not written where it is this, as it is with most maps: versions that lack the field read them, too
+_LEFT_OUT = OPTIONS | {
+    "learned": None,
+    "share_embeddings": False,
+}  # where they are that, so that older versions read it
 _RPS_FIELDS = tuple(field.name for field in fields(RPSSettings) if field.name not in _OTHERS)
 _AT_THE_BASE = Place("", "/")  # of the model that is saved: where nearly every bank is
 
@@ -79,7 +82,7 @@ class BankRecord:
             found |= {"base": self.place.base, "model": self.place.model}
         settings = {name: copy.deepcopy(getattr(self.rps, name)) for name in _RPS_FIELDS}
         settings = {
-            name: value for name, value in settings.items() if name not in _OF_LEARNED or value != _OF_LEARNED[name]
+            name: value for name, value in settings.items() if name not in _LEFT_OUT or value != _LEFT_OUT[name]
         }
         return found | settings | ({"modules": list(self.modules)} if self.modules else {})
 

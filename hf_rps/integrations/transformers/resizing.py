@@ -1,4 +1,4 @@
-"""resize_token_embeddings of a compressed model: refused before anything changes where the output head is shared."""
+"""resize_token_embeddings of a compressed model: refused before anything changes where a table it resizes is shared."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ def looking_first(original):
     """resize_token_embeddings of a transformers model, which swaps the input embedding before it looks at the head."""
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs):
-        check_head(self, new_num_tokens, pad_to_multiple_of)
+        check_tables(self, new_num_tokens, pad_to_multiple_of)
         return original(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
     return resize_token_embeddings
 
 
-def check_head(model: nn.Module, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> None:
-    """Refuse another number of tokens where the map records the output head's rows.
+def check_tables(model: nn.Module, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> None:
+    """Refuse another number of tokens where the map records the rows of the input embedding or of the output head.
 
     Raises:
-        ValueError: The output head is a layer with a shared weight, of another number of rows.
+        ValueError: One of them is a layer with a shared weight, of another number of rows.
     """
-    head = model.get_output_embeddings()
-    if not isinstance(head, RPSLayer):
-        return
-    wanted = _wanted(model.get_input_embeddings(), new_num_tokens, pad_to_multiple_of)
-    if wanted not in (None, head.weight_shape[0]):
-        raise ValueError(
-            f"resize_token_embeddings({new_num_tokens}) needs an output head of {wanted} rows, but the head "
-            f"{outer_name(head.name)!r} of this {type(model).__name__} has a shared weight of "
-            f"{head.weight_shape[0]} rows, which its map records. Resize the dense model before get_rps_model, "
-            f"leave the head out of target_modules, or call hf_rps.to_dense(model), resize, and compress anew"
-        )
+    embedding = model.get_input_embeddings()
+    for what, layer in (("an input embedding", embedding), ("an output head", model.get_output_embeddings())):
+        if not isinstance(layer, RPSLayer):
+            continue
+        wanted = _wanted(embedding, new_num_tokens, pad_to_multiple_of)
+        if wanted not in (None, layer.weight_shape[0]):
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}) needs {what} of {wanted} rows, but "
+                f"{outer_name(layer.name)!r} of this {type(model).__name__} has a shared weight of "
+                f"{layer.weight_shape[0]} rows, which its map records. Resize the dense model before get_rps_model, "
+                f"leave the layer out with exclude_modules, or call hf_rps.to_dense(model), resize, and compress anew"
+            )
 
 
 def _wanted(embedding: nn.Module, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> int | None:

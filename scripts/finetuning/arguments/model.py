@@ -80,6 +80,7 @@ class RPSArguments(CheckedArguments):
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"nargs": "+", "help": "Names, or one regex, of modules to leave dense."}
     )
+    share_embeddings: bool = HfArg(default=False, help="Share the base model's embeddings, too.")
     sharing: Literal["global", "block", "module"] = HfArg(
         default="global", help="What shares one array: the whole model, each block, or each module."
     )
@@ -134,6 +135,7 @@ class RPSArguments(CheckedArguments):
             seed=self.rps_seed,
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
+            share_embeddings=self.share_embeddings,
             sharing=self.sharing,
             mapping=self.mapping,
             bits=self.bits,

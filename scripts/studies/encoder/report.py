@@ -15,7 +15,7 @@ from hf_rps.integrations.model_card import write_model_card
 from studies.encoder.arguments import Arguments
 from studies.encoder.scores import SCORES, score
 from studies.encoder.stages import SCRIPTS, Run, Study
-from studies.encoder.students import METHODS, stored_bytes
+from studies.encoder.students import METHODS, Student, stored_bytes
 
 ROWS = "distillation.jsonl"
 CORPUS = f"documentation and standard library of Python {platform.python_version()}"
@@ -40,12 +40,16 @@ def label(name: str) -> str:
     ('codebook per row, 3 bits', 'torchao int4, groups of 32', 'RPS', 'bitsandbytes NF4')
     """
     method, _, size = name.partition("-")
-    of = {"codebook": f", {size} bits", "int4": f", groups of {size}"}.get(method, "")
+    of = {"codebook": f", {size} bits", "int4": f", groups of {size}"}.get(method.partition("+")[0], "")
     return METHODS.get(method, method) + of
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """recall@10 and cosine against the bytes of the targeted weights, after training and (hollow) before."""
+    """recall@10 and cosine against the bytes of the targeted weights, after training and (hollow) before.
+
+    Rows that target other weights, too, are not in it.
+    """
+    rows = [row for row in rows if "+" not in row["method"]]
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,7 +72,6 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    dense = f"the teacher's targeted weights are {rows[0]['target_bytes'] / 1e6:.1f} MB"
     dense = rows[0]["target_bytes"] / 1e6
     figure.suptitle(f"After training, and (hollow) before; the teacher's targeted weights are {dense:.1f} MB")
     figure.savefig(path, dpi=150)
@@ -87,7 +90,9 @@ def report(study: Study, runs: list[Run]) -> str:
     folder, kept = study.output / "report", earlier_rows(study)
     folder.mkdir(exist_ok=True)
     teacher = study.load(study.teacher)
-    sizes = stored_bytes(teacher, "teacher", study.config, (study.teacher / "model.safetensors").stat().st_size)
+    sizes = stored_bytes(
+        teacher, Student("teacher"), study.config, (study.teacher / "model.safetensors").stat().st_size
+    )
     own = {"student": "teacher", "method": "teacher", "bits": 32.0} | sizes | score(study.target, study.target)
     new = [study.evaluate(run) for run in runs]
     found = {row["student"]: row for row in (*kept, own, *new)}
@@ -97,7 +102,7 @@ def report(study: Study, runs: list[Run]) -> str:
     draw(rows, folder / "distillation.png")
     written = [folder / "distillation.png", folder / ROWS]
     for run, row in zip(runs, new, strict=True):
-        if run.student.method in ("rps", "codebook"):
+        if run.student.method == "rps" or run.student.is_learned:
             written += write_card(study, run, row, folder)
     for file in written if study.arguments.publish else ():
         target = SCRIPTS.parent / ("docs" if file.stem == "distillation" else "model_cards") / file.name

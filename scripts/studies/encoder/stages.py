@@ -97,7 +97,7 @@ class Study:
         names = ("batch_size", "max_length", "finetune_flags", "exclude_modules")
         settings = asdict(run) | {name: getattr(self.arguments, name) for name in names}
         settings["corpus"] = (self.corpus / "train.jsonl").stat().st_size
-        if run.student.method == "codebook":
+        if run.student.is_learned:
             settings["calibration_samples"] = self.arguments.calibration_samples
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         return self.output / "runs" / f"{run.student}-lr{run.rate:g}-steps{run.steps}-{digest}"
@@ -121,7 +121,7 @@ class Study:
                 "save_total_limit": 1, "report_to": "none", "output_dir": folder,
             }  # fmt: skip
             flags |= student.flags
-            if student.method == "codebook":
+            if student.is_learned:
                 flags["calibration_samples"] = self.arguments.calibration_samples
             command = [sys.executable, SCRIPTS / "finetune.py", "--resume"]
             command += [part for name, value in flags.items() for part in (f"--{name}", value)]
@@ -184,11 +184,12 @@ class Study:
         student, folder = run.student, self.folder(run) / "model" if run.steps else self.source(run.student)
         model, file = self.load(folder), sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         if not student.is_quantised:
-            return round_codebooks(model), stored_bytes(model, student.method, self.config, file)
+            return round_codebooks(model), stored_bytes(model, student, self.config, file)
         targets = find_targets(model, self.config)
         around, names = self.quantised(student), [target.name for target in targets]
         target = quantised_bytes(around, names)
-        sizes = {"target_bytes": target, "file_bytes": file - 4 * sum(t.weight.numel() for t in targets) + target}
+        n = sum(t.weight.numel() for t in targets)
+        sizes = {"weights": n, "target_bytes": target, "file_bytes": file - 4 * n + target}
         return put_around(around, model, self.load(self.source(student)), self.config), sizes
 
     def start(self, run: Run) -> nn.Module:
@@ -196,7 +197,7 @@ class Study:
         student, folder = run.student, self.folder(run) / COMPRESSED
         if student.is_quantised:
             return self.quantised(student)
-        if student.method == "codebook":
+        if student.is_learned:
             return round_codebooks(self.load(folder))
         return start(self.load(self.source(student)), student, self.arguments.exclude_modules)
 
@@ -206,7 +207,7 @@ class Study:
         def after() -> dict:
             model, sizes = self.trained(run)
             scores = self.judge(model) if run.steps else {}
-            return sizes | {"bits": 8 * sizes["target_bytes"] / self.weights} | scores
+            return sizes | {"bits": 8 * sizes["target_bytes"] / sizes["weights"]} | scores
 
         def before() -> dict:
             return {f"start_{name}": value for name, value in self.judge(self.start(run)).items()}
@@ -215,11 +216,6 @@ class Study:
         row = {"student": str(student), "method": student.method, "steps": run.steps}
         row |= {"rate": run.rate} if run.steps else {}
         return row | _kept(folder / "evaluation.json", after) | _kept(folder / "start.json", before)
-
-    @cached_property
-    def weights(self) -> int:
-        """How many weights of the teacher are targeted."""
-        return sum(target.weight.numel() for target in find_targets(self.load(self.teacher), self.config))
 
 
 def _kept(file: Path, compute: Callable[[], dict]) -> dict:

@@ -25,18 +25,19 @@ METHODS = {
     "smaller": "smaller dense model",
     "magnitude": "magnitude pruning",
     "codebook": "codebook per row",
+    "codebook+embeddings": "codebook per row, embeddings too",
     "nf4": "bitsandbytes NF4",
     "int8": "bitsandbytes int8",
     "int4": "torchao int4",
 }
 _SIZES = {
     **dict.fromkeys(("rps", "smaller", "magnitude"), "a ratio of bytes in (0, 1]"),
-    "codebook": "2, 3, 4 or 8 bits",
+    **dict.fromkeys(("codebook", "codebook+embeddings"), "2, 3, 4 or 8 bits"),
     "int4": "the size of a group, 32, 64, 128 or 256",
 }
 STUDENTS = (
     *(f"{method}-{ratio}" for method in ("rps", "smaller", "magnitude") for ratio in (0.5, 0.25, 0.1)),
-    "codebook-4", "codebook-3", "codebook-2", "nf4", "int8", "int4-32", "int4-128",
+    "codebook-4", "codebook-3", "codebook-2", "codebook+embeddings-4", "codebook+embeddings-3", "nf4", "int8", "int4-32", "int4-128",
 )  # fmt: skip
 
 
@@ -70,14 +71,19 @@ class Student:
         return self.method in QUANTISERS
 
     @property
+    def is_learned(self) -> bool:
+        """Whether its map is."""
+        return self.method.partition("+")[0] == "codebook"
+
+    @property
     def flags(self) -> dict[str, object]:
         """What makes it, of finetune.py's flags."""
         if self.is_quantised:
             return {"mode": "frozen"}
-        return {
-            "smaller": {"mode": "dense"},
-            "codebook": {"mode": "rps", "mapping": "codebook", "bits": f"{self.size:g}" if self.size else None},
-        }.get(self.method, {"mode": self.method, "ratio": self.size})
+        if self.is_learned:
+            flags = {"mode": "rps", "mapping": "codebook", "bits": f"{self.size:g}"}
+            return flags | ({"share_embeddings": True} if self.method.endswith("+embeddings") else {})
+        return {"mode": "dense"} if self.method == "smaller" else {"mode": self.method, "ratio": self.size}
 
 
 def _is_size(method: str, text: str) -> bool:
@@ -85,8 +91,8 @@ def _is_size(method: str, text: str) -> bool:
         size = float(text)
     except ValueError:
         return False
-    known = {"codebook": (2, 3, 4, 8), "int4": (32, 64, 128, 256)}
-    return size in known[method] if method in known else 0 < size <= 1
+    known = {"codebook": (2, 3, 4, 8), "int4": (32, 64, 128, 256)}.get(method.partition("+")[0])
+    return size in known if known else 0 < size <= 1
 
 
 def find_teacher(model: str | None) -> tuple[str, str | None]:
@@ -164,17 +170,20 @@ def round_codebooks(model: nn.Module) -> nn.Module:
     return model
 
 
-def stored_bytes(model: nn.Module, method: str, config: RPSConfig, file: int) -> dict[str, int]:
-    """Bytes of the targeted weights and of the whole file; pruned weights as a sparse file would hold them, codebooks
-    with 16 bits a number (see :func:`round_codebooks`)."""
+def stored_bytes(model: nn.Module, student: Student, config: RPSConfig, file: int) -> dict[str, int]:
+    """How many weights are targeted, their bytes and the whole file's; pruned weights as a sparse file would hold them,
+    codebooks with 16 bits a number (see :func:`round_codebooks`)."""
     report = size_report(model)
-    if method == "codebook":
-        books = 2 * report.m
-        return {"target_bytes": report.code_bytes + books, "file_bytes": file - report.codebook_bytes + books}
-    if method == "rps":
-        return {"target_bytes": 4 * report.m, "file_bytes": file}
+    if student.is_learned:
+        target = report.code_bytes + 2 * report.m
+        return {
+            "weights": report.n, "target_bytes": target, "file_bytes": file - report.codebook_bytes + 2 * report.m,
+        }  # fmt: skip
+    if student.method == "rps":
+        return {"weights": report.n, "target_bytes": 4 * report.m, "file_bytes": file}
     weights = [candidate.weight for candidate in find_targets(model, config)]
-    dense = 4 * sum(weight.numel() for weight in weights)
+    n = sum(weight.numel() for weight in weights)
+    dense = 4 * n
     kept = sum(weight.count_nonzero().item() for weight in weights)
-    target = sparse_bytes(kept, dense // 4) if method == "magnitude" else dense
-    return {"target_bytes": target, "file_bytes": file - dense + target}
+    target = sparse_bytes(kept, n) if student.method == "magnitude" else dense
+    return {"weights": n, "target_bytes": target, "file_bytes": file - dense + target}
