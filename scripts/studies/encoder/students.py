@@ -37,7 +37,8 @@ _SIZES = {
 }
 STUDENTS = (
     *(f"{method}-{ratio}" for method in ("rps", "smaller", "magnitude") for ratio in (0.5, 0.25, 0.1)),
-    "codebook-4", "codebook-3", "codebook-2", "codebook+embeddings-4", "codebook+embeddings-3", "nf4", "int8", "int4-32", "int4-128",
+    "codebook-4", "codebook-3", "codebook-2", "codebook+embeddings-4", "codebook+embeddings-3",
+    "nf4", "int8", "int4-32", "int4-128",
 )  # fmt: skip
 
 
