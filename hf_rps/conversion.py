@@ -20,6 +20,7 @@ from hf_rps.psi.bank import Bank
 from hf_rps.psi.passes import Passes
 from hf_rps.recorded import candidates_of_config
 from hf_rps.targets import find_targets
+from hf_rps.tied import Readers, readers_of
 
 
 def find_banks(model: nn.Module) -> list[Bank]:
@@ -110,6 +111,7 @@ def fit(
         _check_smaller(config, targets)
         learned = LearnedMap(whole or model, chosen, config, batches)
     weight_map = config.weight_map(targets, None if learned is None else learned.digest)
+    readers = readers_of(model, chosen)
     device = next(iter(chosen.values())).stored.device
     bank = Bank(weight_map, config.grad_scaling, device=device, dtype=array_dtype(chosen.values()))
     bank.settings = copy.deepcopy(config)
@@ -118,7 +120,7 @@ def fit(
         initialise(bank.psi, bank.array, chosen, config.init_weights)
     else:
         learned.write(bank)
-    return Fitted(model, bank, stand_ins(bank, chosen))
+    return Fitted(model, bank, stand_ins(bank, chosen, readers))
 
 
 def _check_smaller(config: RPSSettings, targets: Sequence[Target]) -> None:
@@ -132,13 +134,20 @@ def _check_smaller(config: RPSSettings, targets: Sequence[Target]) -> None:
         )
 
 
-def stand_ins(bank: Bank, candidates: dict[str, Candidate]) -> dict[str, RPSLayer]:
-    """By name, the layers that take the place of those with ``candidates``, which go by their names in the map."""
+def stand_ins(bank: Bank, candidates: dict[str, Candidate], readers: Readers) -> dict[str, RPSLayer]:
+    """By name, the layers that take the place of those with ``candidates``, which go by their names in the map, and of
+    their ``readers``."""
     names: dict[str, dict[str, str]] = {}  # by module, the targets of its parameters
     for name, candidate in candidates.items():
         names.setdefault(candidate.name, {})[candidate.parameter] = name
     modules = {candidate.name: candidate for candidate in candidates.values()}
-    return {name: c.kind.stand_in(bank, c.module, names[name]) for name, c in modules.items()}
+    layers = {name: c.kind.stand_in(bank, c.module, names[name]) for name, c in modules.items()}
+    for target, others in readers.items():
+        for own_name, reader in others.items():
+            layer = reader.kind.stand_in(bank, reader.module, {reader.parameter: target})
+            layer.own_name = own_name
+            layers[reader.name] = layer
+    return layers
 
 
 def check_room(model: nn.Module) -> None:
@@ -209,6 +218,10 @@ def revert(model: nn.Module) -> None:
                 f"too, by {head!r}. Call hf_rps.to_dense on the whole model"
             )
     dense = {name: layer.to_dense() for name, layer in layers.items()}
+    tied: dict[tuple[Bank, str], nn.Parameter] = {}
+    for name, layer in layers.items():
+        first = tied.setdefault((layer.bank, layer.name), getattr(dense[name], layer.parameter))
+        dense[name].register_parameter(layer.parameter, first)
     replace_modules(model, dense)
     for bank in banks:
         bank.array.passes.unwatch()

@@ -15,6 +15,7 @@ from torch import nn
 from hf_rps.config import RPSSettings
 from hf_rps.layers.kinds import Candidate, candidates_of, kind_of, nouns, shareable_kind
 from hf_rps.names import base_model_of, base_prefix
+from hf_rps.tied import can_be_tied, holders_of
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +138,8 @@ def find_targets(
         ValueError: Nothing is chosen; a chosen module is quantised; a named one can't be shared.
     """
     modules = dict(model.named_modules()) if modules is None else modules
-    uses = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
-    read_by_torch = _read_by_torch(modules)
-    candidates, unfit = [], []
+    holders, read_by_torch = holders_of(modules), _read_by_torch(modules)
+    candidates, unfit, taken = [], [], set()
     for name in chosen_names(model, config, modules, adapters):
         module = modules[name]
         if quantised := _quantised(module):
@@ -147,9 +147,11 @@ def find_targets(
                 f"module {name!r} {quantised}; RPS shares float weights. Load the model unquantised, or leave the "
                 f"module out with exclude_modules."
             )
-        problem = _problem(module, uses, read_by_torch, adapters)
+        problem = _problem(module, holders, read_by_torch, adapters)
         if problem is None:
-            candidates += candidates_of(name, module)
+            found = [candidate for candidate in candidates_of(name, module) if id(candidate.stored) not in taken]
+            candidates += found
+            taken.update(id(candidate.stored) for candidate in found)
             continue
         if _asked_for(config, module):
             raise ValueError(
@@ -168,8 +170,10 @@ def find_targets(
     return candidates
 
 
-def _problem(module: nn.Module, uses: Counter, read_by_torch: set[nn.Module], adapters: bool) -> str | None:
-    """Why a module can't be shared, or None. ``uses`` counts by id the modules that hold each parameter."""
+def _problem(
+    module: nn.Module, holders: dict[int, list[Candidate]], read_by_torch: set[nn.Module], adapters: bool
+) -> str | None:
+    """Why a module can't be shared, or None. ``holders`` are by id the modules that hold each parameter."""
     kind = shareable_kind(module)
     if kind is not None and adapters and not kind.adapters:
         return f"a {type(module).__name__} (hf_rps.get_rps_model shares {kind.noun}, adapters don't)"
@@ -178,8 +182,12 @@ def _problem(module: nn.Module, uses: Counter, read_by_torch: set[nn.Module], ad
         known = " or ".join(name.removesuffix("s") for name in names)
         return f"a {type(module).__name__}, not a plain {known}"
     weights = [module._parameters[parameter] for parameter in kind.parameters]
-    if any(uses[id(weight)] > 1 for weight in weights):
-        return "tied to another module"
+    for weight in weights:
+        others = [holder.name for holder in holders[id(weight)] if holder.module is not module]
+        if others and (kind.field is None or not can_be_tied(holders[id(weight)])):
+            return (
+                f"tied to {others[0]!r}" if kind.field is None else f"tied to {others[0]!r}, which reads it otherwise"
+            )
     if module in read_by_torch:
         return "part of a torch.nn attention or transformer layer, which reads its weight directly"
     return "empty" if any(weight.numel() == 0 for weight in weights) else None

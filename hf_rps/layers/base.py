@@ -78,11 +78,14 @@ class RPSLayer(nn.Module):
             is noticed then (:mod:`hf_rps.freezing`).
         stored_names: Of the parameters that hold what a learned map has stored.
         stays_trained: Whether :meth:`requires_grad_` has said that the weight is trained whatever is frozen around it.
+        own_name: Of a layer that reads the target of another one (:mod:`hf_rps.tied`), what it is called itself, as
+            targets are; None for all others.
     """
 
     weight_shape: tuple[int, ...]  # of the weight as the dense layer stores it
     watched = stays_trained = False
     stored_names: tuple[str, ...] = ()
+    own_name: str | None = None
 
     def __init__(self, name: str, bank: Bank, dense: nn.Module, parameter: str = "weight"):
         super().__init__()
@@ -100,7 +103,10 @@ class RPSLayer(nn.Module):
 
     def _register_stored(self) -> None:
         """Hold what a learned map has stored of this layer's weight: as frozen parameters, which are placed, sharded
-        and saved with the layer, and not in the bank, which may be on another device."""
+        and saved with the layer, and not in the bank, which may be on another device. Of a target that several layers
+        read the first one holds them."""
+        if self.name in self.bank.array.weight_dtypes:
+            return
         matrix, fingerprint = self.shared.matrix, self.bank.weight_map.fingerprint
         keys = {name: stored_name(name, fingerprint) for name in matrix.stored()}
         for name, tensor in matrix.stored().items():

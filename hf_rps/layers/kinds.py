@@ -35,6 +35,7 @@ class LayerKind(ABC):
         multiplies: Whether the layer multiplies the last dimension of its input with the matrix, and nothing else.
         fallback: Chosen by default only in models that have no layer of the other kinds.
         field: Of the config, that must be True for such layers to be chosen by default.
+        ties: Layers in which this is the same, and not None, can hold one parameter as the same matrix.
     """
 
     noun: ClassVar[str]
@@ -44,6 +45,7 @@ class LayerKind(ABC):
     multiplies: ClassVar[bool] = False
     fallback: ClassVar[bool] = False
     field: ClassVar[str | None] = None
+    ties: ClassVar[str | None] = None
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -132,7 +134,7 @@ class Convolution(LayerKind):
 class Embedding(LayerKind):
     """nn.Embedding, and subclasses with the same forward. A row of the matrix is the vector of an id."""
 
-    noun, layer, field = "embeddings", RPSEmbedding, "share_embeddings"
+    noun, layer, field, ties = "embeddings", RPSEmbedding, "share_embeddings", "rows"
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
@@ -145,7 +147,7 @@ class Embedding(LayerKind):
 class Linear(LayerKind):
     """nn.Linear, and layers of any class that compute ``F.linear(x, weight, bias)``."""
 
-    noun, layer, adapters, multiplies = "linear layers", RPSLinear, True, True
+    noun, layer, adapters, multiplies, ties = "linear layers", RPSLinear, True, True, "rows"
 
     def matches(self, module: nn.Module) -> bool:
         if isinstance(module, nn.Linear):

@@ -1,6 +1,7 @@
 """Embeddings with a shared table: the rows, their gradient, what chooses them, and what is refused."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,11 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.pytorch_utils import Conv1D
 
-from hf_rps import RPSConfig, get_rps_model, size_report, to_dense
+from hf_rps import RPSConfig, get_rps_config, get_rps_model, size_report, to_dense
 from hf_rps.conversion import find_bank, shared_layers
 from hf_rps.layers.embedding import RPSEmbedding
+from hf_rps.layers.linear import RPSLinear
 
 MAPS = {
     "ratio 1": {"ratio": 1.0},
@@ -55,6 +69,25 @@ def small_bert(**options):
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=300,
         max_position_embeddings=64, **options,
     )).eval()  # fmt: skip
+
+
+def causal(**options):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 300, "tie_word_embeddings": True,
+    } | options)).eval()  # fmt: skip
+
+
+def seq2seq():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2, "d_kv": 16, "vocab_size": 300}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+
+
+def masked():
+    """Its head has a bias, which is tied, too, and its class names what is tied by patterns."""
+    return BertForMaskedLM(small_bert().config).eval()
 
 
 IDS = torch.tensor([[3, 0, 28, 28, 5], [7, 3, 3, 1, 28]])
@@ -201,15 +234,24 @@ def test_a_table_that_computes_something_else_stays_dense():
 # ---- what is refused, before anything changes
 
 
-def test_tied_tables_are_refused():
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=99, bos_token_id=1, eos_token_id=1))
+def test_tables_whose_weight_is_read_otherwise_are_refused():
+    """A head that holds the same parameter the other way round, as transformers' Conv1D would."""
+    model = Table()
+    model.words = nn.Embedding(40, 40)
+    model.head = Conv1D(40, 40)
+    model.head.weight = model.words.weight
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"share_embeddings=True chooses 'transformer.wte', which is tied to another"):
+    with pytest.raises(ValueError, match=r"chooses 'words', which is tied to 'head', which reads it otherwise"):
         get_rps_model(model, RPSConfig(share_embeddings=True))
     assert not shared_layers(model)
     assert all(p.equal(before[name]) for name, p in model.named_parameters())
-    get_rps_model(model, RPSConfig(share_embeddings=True, exclude_modules=["wte"]))
-    assert names_of(model) == {"transformer.wpe"}
+    get_rps_model(model, RPSConfig(share_embeddings=True, exclude_modules=["words"]))
+    assert names_of(model) == {"places"}
+
+
+def test_a_tied_head_is_not_shared_by_itself():
+    with pytest.raises(ValueError, match=r"matches 'lm_head', which is tied to 'model.embed_tokens'"):
+        get_rps_model(causal(), RPSConfig(target_modules=["lm_head"]))
 
 
 @pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}])
@@ -228,12 +270,17 @@ def test_adapters_refuse_them():
         get_peft_model(small_bert(), RPSConfig(share_embeddings=True))
 
 
-def test_a_vocabulary_cannot_grow_without_a_word():
-    model = get_rps_model(small_bert(), RPSConfig(share_embeddings=True))
+@pytest.mark.parametrize("make", [small_bert, causal])
+def test_a_vocabulary_cannot_grow_without_a_word(make):
+    model = get_rps_model(make(), RPSConfig(share_embeddings=True))
     with pytest.raises(ValueError, match=r"needs an input embedding of 310 rows.*to_dense"):
         model.resize_token_embeddings(310)
     assert model.config.vocab_size == 300
     assert isinstance(model.get_input_embeddings(), RPSEmbedding)
+    model = to_dense(model)
+    model.resize_token_embeddings(310)
+    get_rps_model(model, RPSConfig(share_embeddings=True))
+    assert model.get_input_embeddings().num_embeddings == 310
 
 
 @pytest.mark.parametrize("value", [None, "yes", 1])
@@ -298,3 +345,107 @@ def test_bits_of_their_own(tmp_path):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert again(ids).last_hidden_state.equal(model(ids).last_hidden_state)
+
+
+# ---- tied tables and heads
+
+
+TIED = {"llama": causal, "t5": seq2seq, "bert": masked}
+TIED_MAPS = {"fold": {"ratio": 0.2}, "codebook": {"mapping": "codebook", "bits": 4}}
+
+
+def logits_of(model, ids):
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return model(input_ids=ids, **more).logits
+
+
+@pytest.mark.parametrize("options", TIED_MAPS.values(), ids=TIED_MAPS)
+@pytest.mark.parametrize("make", TIED.values(), ids=TIED)
+def test_a_head_reads_what_the_table_does(make, options, tmp_path):
+    """One target, several readers: counted once, trained by all of them, and saved once."""
+    dense, ids = make(), torch.arange(32).view(2, 16) * 7 % 300
+    model = get_rps_model(make(), RPSConfig(share_embeddings=True, **options))
+    head = model.get_output_embeddings()
+    table = model.get_input_embeddings()
+    assert (type(table), type(head)) == (RPSEmbedding, RPSLinear)
+    assert head.bias is None or head.bias is model.cls.predictions.bias
+    assert head.dense_weight().equal(table.dense_weight())
+    targets = find_bank(model).weight_map.targets
+    assert len({target.name for target in targets}) == len(targets) < len(shared_layers(model))
+    untied = to_dense(copy.deepcopy(model))
+    torch.testing.assert_close(logits_of(model, ids), logits_of(untied, ids))
+    assert untied.get_output_embeddings().weight is untied.get_input_embeddings().weight
+    assert untied.all_tied_weights_keys == dense.all_tied_weights_keys
+    untied.tie_weights()
+    model.tie_weights()  # nothing is left to tie
+
+    expected = logits_of(model, ids)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert logits_of(again, ids).equal(expected)
+    assert type(again.get_output_embeddings()) is RPSLinear
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
+    untied.save_pretrained(tmp_path / "dense")
+    plain = type(model).from_pretrained(tmp_path / "dense")
+    assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+    torch.testing.assert_close(logits_of(plain.eval(), ids), expected)
+
+
+def test_the_gradient_of_a_tied_table_is_that_of_both_readers():
+    model = get_rps_model(causal(), RPSConfig(share_embeddings=True, ratio=0.3, grad_scaling="none")).double()
+    ids = torch.arange(20).view(2, 10) * 7 % 300
+    model(input_ids=ids, labels=ids).loss.backward()
+    dense = to_dense(copy.deepcopy(model))
+    dense.zero_grad()
+    dense(input_ids=ids, labels=ids).loss.backward()
+    psi, expected = find_bank(model).psi, torch.zeros_like(find_bank(model).psi)
+    for name, matrix in find_bank(model).array.matrices.items():
+        matrix.add_adjoint(expected, dense.model.get_submodule(name).weight.grad)
+    torch.testing.assert_close(psi.grad, expected)
+
+
+@pytest.mark.parametrize("options", TIED_MAPS.values(), ids=TIED_MAPS)
+def test_a_head_is_put_on_and_taken_off(tmp_path, options):
+    """The base model's files have no head; the class ties one to the table, as with dense files."""
+    model, ids = get_rps_model(causal(), RPSConfig(share_embeddings=True, **options)), torch.arange(16)[None]
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path / "whole")
+    base = AutoModel.from_pretrained(tmp_path / "whole")
+    base.save_pretrained(tmp_path / "base")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    assert again(ids).logits.equal(expected)
+    again.save_pretrained(tmp_path / "again")
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "again").eval()(ids).logits.equal(expected)
+
+
+@pytest.mark.parametrize("shared", ["embed_tokens", "lm_head"])
+def test_what_was_untied_stays_untied(tmp_path, shared):
+    """Also where the config still says that the two are tied."""
+    model, ids = causal(), torch.arange(16)[None]
+    model.lm_head.weight = nn.Parameter(2 * model.lm_head.weight.detach())
+    get_rps_model(model, RPSConfig(target_modules=[shared, "q_proj"], ratio=0.5))
+    kept = model.lm_head if shared == "embed_tokens" else model.model.embed_tokens
+    assert type(kept) in (nn.Linear, nn.Embedding)
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert again(ids).logits.equal(model.eval()(ids).logits)
+
+
+def test_a_record_of_ties_that_is_none_is_refused(tmp_path):
+    model = get_rps_model(causal(), RPSConfig(share_embeddings=True))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization_config"]["tied"] == {"/lm_head": "embed_tokens"}
+    config["quantization_config"]["tied"] = ["lm_head"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"quantization_config\.tied must be names by name"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_config_of_the_map_gives_it_again():
+    model = get_rps_model(causal(), RPSConfig(share_embeddings=True, ratio=0.3))
+    again = get_rps_model(causal(), get_rps_config(model))
+    again.load_state_dict(model.state_dict())
+    assert type(again.lm_head) is RPSLinear
+    ids = torch.arange(16)[None]
+    assert again(ids).logits.equal(model(ids).logits)

@@ -45,7 +45,8 @@ class BankRecord:
         config: The RPSConfig, or None to take its fields from ``settings`` (as read from config.json).
         settings: Fields of RPSConfig and, in a checkpoint: ``n``, ``m``, ``fingerprint``, ``modules`` (["NAME ROWSxCOLS
             std STD", ...], in map order), ``unused_modules`` (targets that the saved model class does not have, such as
-            the pooler of a masked language model) and, unless the array is that of the saved model's base model,
+            the pooler of a masked language model), ``tied`` (by name, modules that read the weight of a target, as an
+            output head may that of the embedding) and, unless the array is that of the saved model's base model,
             ``base`` and ``model``: the prefixes of a :class:`hf_rps.names.Place`, relative to that base model.
     """
 
@@ -55,6 +56,12 @@ class BankRecord:
         self.fingerprint: str | None = settings.pop("fingerprint", None)
         self.modules: list[str] | None = settings.pop("modules", None)
         self.unused_modules: list[str] = settings.pop("unused_modules", None) or []
+        self.tied: dict[str, str] = settings.pop("tied", None) or {}
+        if not (isinstance(self.tied, dict) and all(isinstance(v, str) for v in self.tied.values())):
+            raise ValueError(
+                f"quantization_config.tied must be names by name, got {self.tied!r}; restore the checkpoint's "
+                f"config.json"
+            )
         for name in ("modules", "unused_modules"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
@@ -76,8 +83,8 @@ class BankRecord:
         return self.place.base == "" and self.place.model in ("", "/")
 
     def to_dict(self) -> dict:
-        found = {name: getattr(self, name) for name in ("n", "m", "fingerprint", "unused_modules")}
-        found = {name: value for name, value in found.items() if value not in (None, [])}
+        found = {name: getattr(self, name) for name in ("n", "m", "fingerprint", "unused_modules", "tied")}
+        found = {name: value for name, value in found.items() if value not in (None, [], {})}
         if not self.is_at_the_base:
             found |= {"base": self.place.base, "model": self.place.model}
         settings = {name: copy.deepcopy(getattr(self.rps, name)) for name in _RPS_FIELDS}
@@ -177,7 +184,9 @@ class RPSQuantizationConfig(QuantizationConfigMixin):
         config.banks = []
         for bank in find_banks(model):
             record = record_of(bank)
-            used = {layer.name for layer in layers.values() if layer.bank is bank}
+            read = [layer for layer in layers.values() if layer.bank is bank]
+            used = {layer.name for layer in read}
+            record.tied = {layer.own_name: layer.name for layer in read if layer.own_name is not None}
             record.unused_modules = [t.name for t in bank.weight_map.targets if t.name not in used]
             record.place = bank_place(model, bank).relative_to(base_prefix(model))
             config.banks.append(record)

@@ -23,6 +23,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from hf_rps.config import RPSSettings
 from hf_rps.conversion import find_banks, fit, install, reader_of_outside, revert, shared_layers, stand_ins
 from hf_rps.initial import all_finite, array_dtype
+from hf_rps.integrations.transformers import ties
 from hf_rps.integrations.transformers.alignment import PADDING, align, padding
 from hf_rps.integrations.transformers.callers import local_of
 from hf_rps.integrations.transformers.dtypes import apply_dtype_plan
@@ -45,10 +46,11 @@ from hf_rps.integrations.transformers.weights_files import (
     whole_state,
 )
 from hf_rps.layers.base import FrozenParameter, RPSLayer
-from hf_rps.layers.kinds import Candidate
-from hf_rps.names import BANK_NAME, LEGACY_PSI, base_prefix, is_psi_key, outer_name, weight_key
+from hf_rps.layers.kinds import Candidate, kind_of
+from hf_rps.names import BANK_NAME, LEGACY_PSI, Place, base_prefix, is_psi_key, map_name, outer_name
 from hf_rps.psi.bank import Bank
 from hf_rps.recorded import recorded_candidates
+from hf_rps.tied import Readers
 
 logger = logging.getLogger(__name__)
 
@@ -108,11 +110,8 @@ class RPSQuantizer(HfQuantizer):
         maps = [record.weight_map() for record in config.banks]
         names = check_files(checkpoint_files, config) if checkpoint_files is not None else None
         for record, weight_map in zip(config.banks, maps, strict=True):
-            _install_recorded(model, record, weight_map)
-        # a compressed head is not tied, whatever the class says of it: it was untied when it was compressed
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        shared = {weight_key(name, layer.parameter) for name, layer in shared_layers(model).items()}
-        model.all_tied_weights_keys = {name: source for name, source in tied.items() if name not in shared}
+            _install_recorded(model, record, weight_map, names)
+        ties.forget(model)
         sentinels = sentinel_keys(model)
         if names is not None:
             check_names(model, _named_as_now(model, names, config), sentinels, _is_of_the_saved_class(model))
@@ -180,8 +179,11 @@ class RPSQuantizer(HfQuantizer):
         return model
 
 
-def _install_recorded(model: nn.Module, record: BankRecord, weight_map) -> None:
-    """Build the layers of a recorded array, in the part of ``model`` that they are recorded for."""
+def _install_recorded(model: nn.Module, record: BankRecord, weight_map, names: set[str] | None) -> None:
+    """Build the layers of a recorded array, in the part of ``model`` that they are recorded for.
+
+    ``names`` are those of the tensors in the files, where that is known.
+    """
     place = record.place.inside(base_prefix(model))
     found = recorded_candidates(model, weight_map.targets, place, _LEAVE_SIZES)
     missing = [name for name, candidate in found.items() if candidate is None and name not in record.unused_modules]
@@ -195,12 +197,32 @@ def _install_recorded(model: nn.Module, record: BankRecord, weight_map) -> None:
         logger.warning("%s does not use %d shared weights of the checkpoint: %s",
                        type(model).__name__, len(missing), ", ".join(missing))  # fmt: skip
     candidates: dict[str, Candidate] = {name: candidate for name, candidate in found.items() if candidate is not None}
-    apply_dtype_plan(model, candidates.values())
+    readers = _readers(model, record, place, candidates, names)
+    apply_dtype_plan(model, [*candidates.values(), *(reader for o in readers.values() for reader in o.values())])
     dtype = array_dtype(candidates.values())
     bank = Bank(weight_map, record.rps.grad_scaling, device="meta", dtype=dtype)
     bank.settings = record.rps
     owner = None if record.is_at_the_base else model.get_submodule(place.base.removesuffix("."))
-    install(model, bank, stand_ins(bank, candidates), owner)
+    install(model, bank, stand_ins(bank, candidates, readers), owner)
+
+
+def _readers(
+    model: nn.Module, record: BankRecord, place: Place, candidates: dict[str, Candidate], names: set[str] | None
+) -> Readers:
+    """The modules of ``model`` that read a target, too: those that the record names, and those that the class ties to
+    it and that have no tensor of their own in the files, as a head on the files of a base model."""
+    modules, prefix, known = dict(model.named_modules()), base_prefix(model), dict(record.tied)
+    if record.is_at_the_base and names is not None:
+        tables = {f"{c.name}.{c.parameter}": target for target, c in candidates.items() if c.kind.field is not None}
+        for key, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            if source in tables and key not in names:
+                known[map_name(key.removesuffix(".weight"), prefix)] = tables[source]
+    found: Readers = {}
+    for own, target in known.items():
+        name = place.module_name(own)
+        if target in candidates and name in modules and modules[name] is not candidates[target].module:
+            found.setdefault(target, {})[own] = Candidate(name, modules[name], kind_of(modules[name]))
+    return found
 
 
 def _named_as_now(model: nn.Module, names: set[str], config: RPSQuantizationConfig) -> set[str]:
@@ -265,6 +287,7 @@ def compress(model: nn.Module, settings: RPSSettings, batches: Sequence[Any] = (
         fitted.install()
         if is_transformers_model(fitted.model):
             mark_whole(fitted.model)
+    ties.forget(model)
     forget_name(model)
 
 
@@ -281,6 +304,7 @@ def compress_as_recorded(model: nn.Module, config: RPSQuantizationConfig) -> Non
                 f"get_rps_model(model, hf_rps.get_rps_config(compressed_model))"
             )
         fit(part, record.settings()).install()
+    ties.forget(model)
     mark_whole(model)
     forget_name(model)
 
@@ -289,6 +313,7 @@ def decompress(model: nn.Module) -> None:
     """Undo :func:`compress`, for every part that is compressed."""
     revert(model)
     unmark(model)
+    ties.remember(model)
 
 
 def prepare_to_save(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
 from hf_rps.conversion import find_banks, shared_layers
-from hf_rps.integrations.transformers import adapters, resizing
+from hf_rps.integrations.transformers import adapters, resizing, ties
 from hf_rps.integrations.transformers.marks import is_recorded
 from hf_rps.integrations.transformers.quantization_config import RPSQuantizationConfig
 from hf_rps.integrations.transformers.quantizer import (
@@ -86,5 +86,6 @@ def register() -> None:
     wrap_method(PreTrainedModel, "save_pretrained", _saving)
     wrap_method(PreTrainedModel, "_from_config", _from_config)
     wrap_method(PeftAdapterMixin, "load_adapter", adapters.checking)
+    wrap_method(PreTrainedModel, "get_expanded_tied_weights_keys", ties.of_parameters)
     wrap_method(PreTrainedModel, "resize_token_embeddings", resizing.looking_first)
     wrap_method(ModelHubMixin, "save_pretrained", _saving_elsewhere)

@@ -55,7 +55,8 @@ class Row:
             name, equals, value = setting.partition("=")
             if not (name and equals and value):
                 raise ValueError(f"row {self.name!r}: {setting!r} is no setting; write name=value, as bits=3")
-            options[name] = int(value) if re.fullmatch(r"-?\d+", value) else value
+            known = {"True": True, "False": False}
+            options[name] = int(value) if re.fullmatch(r"-?\d+", value) else known.get(value, value)
         return options
 
     @property
@@ -142,6 +143,7 @@ def codebook_title(**fields) -> str:
     group = fields.pop("group_size", None)
     text += f", groups of {group}" if group else ""
     text += f", {fields.pop('calibration')} calibration" if "calibration" in fields else ""
+    text += ", embedding too" if fields.pop("share_embeddings", False) else ""
     return text + "".join(f", {name} {value}" for name, value in fields.items())
 
 

@@ -1,0 +1,59 @@
+"""What transformers ties: of a compressed model only weights that are parameters.
+
+All that reads a shared weight is there already (:mod:`hf_rps.tied`), and there is no parameter to tie it to.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from hf_rps.layers.base import RPSLayer
+
+_CLASS = "_tied_weights_keys"  # of a model class: patterns of what is tied, by patterns of what to
+
+
+def shared_weights(model: nn.Module) -> set[str]:
+    """The names that shared weights would have as parameters of ``model``."""
+    return {f"{name}.{module.parameter}" for name, module in model.named_modules() if isinstance(module, RPSLayer)}
+
+
+def of_parameters(original):
+    """get_expanded_tied_weights_keys of a transformers model, which must not look for weights that are shared."""
+
+    def get_expanded_tied_weights_keys(self, *args, **kwargs):
+        shared, patterns = shared_weights(self), getattr(self, _CLASS, None)
+        if not shared or not isinstance(patterns, dict):
+            return original(self, *args, **kwargs)
+        own = self.__dict__.get(_CLASS)
+        kept = {
+            pair: source
+            for pair, source in patterns.items()
+            if not any(re.match(pattern, name) for pattern in (pair, source) for name in shared)
+        }
+        self.__dict__[_CLASS] = kept
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            del self.__dict__[_CLASS]
+            if own is not None:
+                self.__dict__[_CLASS] = own
+
+    return get_expanded_tied_weights_keys
+
+
+def forget(model: nn.Module) -> None:
+    """Take shared weights from what ``model`` and the models inside it say is tied."""
+    for module in model.modules():
+        tied = module.__dict__.get("all_tied_weights_keys")
+        if tied:
+            shared = shared_weights(module)
+            module.all_tied_weights_keys = {n: s for n, s in tied.items() if n not in shared and s not in shared}
+
+
+def remember(model: nn.Module) -> None:
+    """Undo :func:`forget` in a model that is dense again."""
+    for module in model.modules():
+        if "all_tied_weights_keys" in module.__dict__:
+            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
