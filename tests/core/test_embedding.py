@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from forks import forks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModel,
@@ -158,6 +158,7 @@ def test_a_model_is_its_dense_self(options):
 
 @pytest.mark.parametrize("name", ["fold", "codebook", "vectors"])
 def test_compiled_and_trained(name):
+    torch._dynamo.reset()
     model = compressed(**MAPS[name])
     expected = model(IDS)
     compiled = torch.compile(model, fullgraph=True)
@@ -449,3 +450,25 @@ def test_a_config_of_the_map_gives_it_again():
     assert type(again.lm_head) is RPSLinear
     ids = torch.arange(16)[None]
     assert again(ids).logits.equal(model(ids).logits)
+
+
+def test_adapters_of_a_learned_map_with_a_tied_head(tmp_path):
+    """Its codebooks are those of all compressed layers, the table and its head among them."""
+    ids = torch.arange(32).view(2, 16) * 7 % 300
+    base = get_rps_model(causal(), RPSConfig(mapping="codebook", bits=4, share_embeddings=True))
+    base.save_pretrained(tmp_path / "base")
+    before = base(input_ids=ids).logits.detach()
+    model = get_peft_model(base, RPSConfig(mapping="codebook"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = model.eval()(input_ids=ids).logits.detach()
+    assert (after - before).abs().max() > 0.1
+    with model.disable_adapter():
+        assert model(input_ids=ids).logits.equal(before)
+    model.save_pretrained(tmp_path / "adapter")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    assert PeftModel.from_pretrained(again, tmp_path / "adapter").eval()(input_ids=ids).logits.equal(after)
+    assert model.merge_and_unload().eval()(input_ids=ids).logits.equal(after)

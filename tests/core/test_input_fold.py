@@ -373,6 +373,7 @@ def test_which_product():
 
 
 def test_compiled_in_one_graph_and_trained():
+    torch._dynamo.reset()
     torch.manual_seed(0)
     model = get_rps_model(_Wrapped({"inner": nn.Linear(48, 40)}), RPSConfig(ratio=0.1, input_fold="full"))
     x = torch.randn(4, 48)

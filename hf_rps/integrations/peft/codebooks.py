@@ -215,6 +215,7 @@ def _check_choice(model: nn.Module, config: RPSConfig, layers: dict[str, RPSLaye
     """Raise a ValueError where a new ``config`` chooses other layers than the compressed ones, ``layers``."""
     if config.modules is not None:
         return
+    layers = {name: layer for name, layer in layers.items() if layer.own_name is None}  # others follow these
     everything = copy.copy(config)
     if not is_explicit(config):
         everything.target_modules = "|".join(map(re.escape, layers))

@@ -38,8 +38,8 @@ class RPSConfig(RPSSettings, PeftConfig):
             (PEFT) share linear layers only.
         exclude_modules: Names (suffixes) or a regular expression of modules to leave dense.
         share_embeddings: Share the base model's embeddings, too (words, positions, types; default False). They can
-            also be named in ``target_modules``. A table that is tied to a head or to another module raises, as one with
-            max_norm, scale_grad_by_freq or sparse does. Not for adapters.
+            also be named in ``target_modules``. A head that is tied to one reads the same numbers. A table that has
+            max_norm, scale_grad_by_freq or sparse raises. Not for adapters.
         layers_to_transform: Index or indices of the transformer layers to share; default all.
         layers_pattern: Name of the module list that ``layers_to_transform`` counts, if it is not one of the usual.
         modules_to_save: Names (suffixes) of further modules to leave dense and, with PEFT, to train and save.
