@@ -1,4 +1,4 @@
-"""Other PEFT methods on a compressed model: refused before anything changes, where they would reach for shared layers.
+"""PEFT's methods other than LoRA on a compressed model: refused where they reach for shared layers, before it changes.
 
 PEFT knows layers by their class. Some methods raise in the middle of their work at one that they don't know, some
 replace it by a copy of their own, and ``target_modules="all-linear"`` passes shared layers by without a word.
@@ -11,11 +11,13 @@ import copy
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from hf_rps.conversion import shared_layers
+from hf_rps.integrations.peft import lora
 from hf_rps.integrations.peft.codebooks import ADAPTER, check_saved
 from hf_rps.integrations.peft.model import RPSModel
 from hf_rps.internals import wrap_method
@@ -30,6 +32,7 @@ _TRAIN = (
 def register() -> None:
     """Let every tuner look at the model first, once per process. PEFT has no hook of its own for that."""
     wrap_method(BaseTuner, "inject_adapter", _looking_first)
+    lora.register()
 
 
 def _looking_first(inject):
@@ -46,18 +49,20 @@ def check(
 ) -> None:
     """Refuse ``config`` where it chooses layers of ``model`` that read a shared array, or would save copies of them.
 
-    ``state_dict``, where it is given, chooses the layers by its keys instead. Layers of a kind for which the user has
-    given LoRA a class are left to it (``LoraConfig._register_custom_module``).
+    ``state_dict``, where it is given, chooses the layers by its keys instead. Layers of a kind for which LoRA has a
+    class, of this library or of the user's (``LoraConfig._register_custom_module``), are left to it.
 
     Raises:
         ValueError: It does; the message names the method, the layers and what to do instead.
     """
     shared = shared_layers(model)
-    custom = tuple(getattr(config, "_custom_modules", None) or ())
-    shared = {name: module for name, module in shared.items() if not isinstance(module, custom)}
     if not shared:
         return
     check_saved(model, config)
+    custom = lora.introduce(config, model) if isinstance(tuner, LoraModel) else ()
+    shared = {name: module for name, module in shared.items() if not isinstance(module, custom)}
+    if not shared:
+        return
     method = getattr(config.peft_type, "value", config.peft_type)
     what = f"{len(shared)} layers of this {type(model).__name__} share one array (get_rps_model)"
     chosen = getattr(config, "target_modules", None)

@@ -177,7 +177,8 @@ class Study:
         memory = codebook_memory(compressed)
         model = compressed
         if run.row != "codebooks":
-            model, memory = tuning.prepare(run.row, self.dense(), memory)
+            base = compressed if run.row == "codebooks+lora" else self.dense()
+            model, memory = tuning.prepare(run.row, base, memory)
         if run.row not in self._before:  # before training all runs of a method are the same
             self._before[run.row] = perplexity(model, texts.code_held_out)
         ids = batches(texts.code, run.batch_size, run.steps, run.seed).to(self.arguments.device)
