@@ -1,6 +1,8 @@
 """PEFT's own methods on a compressed model: LoRA learns beside shared weights; the others are refused where they reach
 for shared layers, with what to do instead."""
 
+import warnings
+
 import peft
 import pytest
 import torch
@@ -124,7 +126,9 @@ def test_lora_learns_beside_a_frozen_array(tiny, ids, tmp_path, base, name):
     model = get_rps_model(tiny("llama"), RPSConfig(**base)).eval()
     model.save_pretrained(tmp_path / "base")
     before, psi = model(ids).logits.detach(), find_bank(model).psi.clone()
-    adapted = get_peft_model(model, LoraConfig(r=4, **LORA[name]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Unsupported layer type")
+        adapted = get_peft_model(model, LoraConfig(r=4, **LORA[name]))
     near(adapted.eval()(ids).logits.detach(), before)
     learning = {n for n, p in adapted.named_parameters() if p.requires_grad}
     assert learning

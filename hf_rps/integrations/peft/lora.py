@@ -6,6 +6,8 @@ That is QLoRA with another base: codes and codebooks (or a drawn map) instead of
 
 from __future__ import annotations
 
+import warnings
+
 from peft import LoraConfig
 from peft.tuners.lora import Linear, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
@@ -22,6 +24,11 @@ _INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 class RPSLoraLinear(Linear):
     """PEFT's LoRA layer around a layer with a shared weight, into which nothing can be merged."""
+
+    def __init__(self, *args, **kwargs):
+        with warnings.catch_warnings():  # PEFT warns of classes that it does not know
+            warnings.filterwarnings("ignore", message="Unsupported layer type", category=UserWarning)
+            super().__init__(*args, **kwargs)
 
 
 def introduce(config: LoraConfig, model: nn.Module) -> tuple[type, ...]:
