@@ -28,9 +28,7 @@ def can_be_tied(holders: Iterable[Candidate]) -> bool:
     """True where each of the modules that hold one parameter can read it as the same matrix: tables of embeddings and
     layers that multiply with it, an embedding among them."""
     kinds = [shareable_kind(holder.module) for holder in holders]
-    if any(kind is None or kind.ties is None for kind in kinds):
-        return False
-    return len({kind.ties for kind in kinds}) == 1 and any(kind.field is not None for kind in kinds)
+    return all(kind is not None and kind.ties for kind in kinds) and any(kind.field is not None for kind in kinds)
 
 
 Readers = dict[str, dict[str, Candidate]]  # by target, and by what they are called as targets are

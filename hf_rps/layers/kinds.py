@@ -35,7 +35,7 @@ class LayerKind(ABC):
         multiplies: Whether the layer multiplies the last dimension of its input with the matrix, and nothing else.
         fallback: Chosen by default only in models that have no layer of the other kinds.
         field: Of the config, that must be True for such layers to be chosen by default.
-        ties: Layers in which this is the same, and not None, can hold one parameter as the same matrix.
+        ties: Whether such a layer can hold its parameter together with others that do, as the same matrix.
     """
 
     noun: ClassVar[str]
@@ -45,7 +45,7 @@ class LayerKind(ABC):
     multiplies: ClassVar[bool] = False
     fallback: ClassVar[bool] = False
     field: ClassVar[str | None] = None
-    ties: ClassVar[str | None] = None
+    ties: ClassVar[bool] = False
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -134,7 +134,7 @@ class Convolution(LayerKind):
 class Embedding(LayerKind):
     """nn.Embedding, and subclasses with the same forward. A row of the matrix is the vector of an id."""
 
-    noun, layer, field, ties = "embeddings", RPSEmbedding, "share_embeddings", "rows"
+    noun, layer, field, ties = "embeddings", RPSEmbedding, "share_embeddings", True
 
     def matches(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
@@ -147,7 +147,7 @@ class Embedding(LayerKind):
 class Linear(LayerKind):
     """nn.Linear, and layers of any class that compute ``F.linear(x, weight, bias)``."""
 
-    noun, layer, adapters, multiplies, ties = "linear layers", RPSLinear, True, True, "rows"
+    noun, layer, adapters, multiplies, ties = "linear layers", RPSLinear, True, True, True
 
     def matches(self, module: nn.Module) -> bool:
         if isinstance(module, nn.Linear):

@@ -30,10 +30,7 @@ LISTED_FROM = 3  # since then every weights file carries a digest of the list of
 GUARD = "import-hf_rps-before-loading.safetensors"
 _OTHERS = ("mode", "bias", "modules", "fingerprint")  # those that only adapters have, and the record's own
 # what is not written where it is this, as it is with most maps: versions that lack the field read them, too
-_LEFT_OUT = OPTIONS | {
-    "learned": None,
-    "share_embeddings": False,
-}  # where they are that, so that older versions read it
+_LEFT_OUT = OPTIONS | {"learned": None, "share_embeddings": False}
 _RPS_FIELDS = tuple(field.name for field in fields(RPSSettings) if field.name not in _OTHERS)
 _AT_THE_BASE = Place("", "/")  # of the model that is saved: where nearly every bank is
 
