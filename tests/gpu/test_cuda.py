@@ -57,6 +57,7 @@ def test_float32_equals_the_cpu(kind, ratio):
 @pytest.mark.parametrize("options", [
     {"mapping": "hash", "sign": "element"}, {"mapping": "roast"}, {"sharing": "block"}, {"sharing": "module"},
     {"sign": "none", "grad_scaling": "none"}, {"grad_scaling": "norm"}, {"input_fold": 4}, {"input_fold": "full"},
+    {"share_embeddings": True},
 ])  # fmt: skip
 def test_every_map_equals_the_cpu(options):
     model = model_of(**options)

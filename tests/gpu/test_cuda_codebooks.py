@@ -97,9 +97,10 @@ def test_more_than_2_to_the_31_weights():
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize(
-    "options", [*({"bits": bits} for bits in BITS[:3]), {"bits": 4, "tile": 2}, {"bits": 4, "tile": 3}]
-)
+@pytest.mark.parametrize("options", [
+    *({"bits": bits} for bits in BITS[:3]), {"bits": 4, "tile": 2}, {"bits": 4, "tile": 3},
+    {"bits": 3, "share_embeddings": True}, {"bits": 4, "tile": 2, "share_embeddings": True},
+])  # fmt: skip
 def test_float32_equals_the_cpu(options, kind):
     model = model_of(kind=kind, **options)
     loss, gradients = loss_and_gradients(model, DEVICE)
