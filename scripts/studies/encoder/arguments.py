@@ -27,7 +27,8 @@ class Arguments:
     )
     calibration_samples: int = HfArg(default=600, help="Training texts that codebooks are calibrated on.")
     steps: int = HfArg(
-        default=3000, help="Optimizer steps of the long runs; 0: quantised models are judged as they are."
+        default=3000,
+        help="Optimizer steps of the long runs; 0: quantised models and learned maps are judged untrained.",
     )
     learning_rates: list[str] = field(
         default_factory=list,
@@ -51,9 +52,11 @@ class Arguments:
 
     def __post_init__(self):
         self.chosen = [Student.parse(text) for text in self.students]
-        trained = [str(student) for student in self.chosen if not student.is_quantised]
+        trained = [str(student) for student in self.chosen if not (student.is_quantised or student.is_learned)]
         if self.steps == 0 and trained:
-            raise ValueError(f"--steps 0 is for quantised models; leave {trained} out of --students, or give steps")
+            raise ValueError(
+                f"--steps 0 is for quantised models and learned maps; leave {trained} out of --students, or give steps"
+            )
         known = dict(entry.partition("=")[::2] for entry in self.learning_rates)
         for name in set(known) - set(METHODS):
             Student.parse(name, "--learning_rates")

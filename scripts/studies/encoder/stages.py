@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from finetuning.files import COMPRESSED
-from hf_rps import RPSConfig
+from hf_rps import RPSConfig, get_rps_model
 from hf_rps.targets import find_targets
 from studies.corpus import write_corpus
 from studies.encoder.arguments import Arguments
@@ -107,6 +107,8 @@ class Study:
         folder, student = self.folder(run), run.student
         if run.steps == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            if student.is_learned and not (folder / COMPRESSED / "config.json").exists():
+                self.compress(student).save_pretrained(folder / COMPRESSED)
             return {"steps": 0}
         log, diverged = (folder.parent / f"{folder.name}.{end}" for end in ("log", "diverged"))
         results = folder / "results.json"
@@ -140,6 +142,22 @@ class Study:
                 raise RuntimeError(f"finetune.py ended with status {status}; {log} says why")
             print(f"{'diverged' if diverged.exists() else 'done'}: {folder.name}", flush=True)
         return None if diverged.exists() else json.loads(results.read_text())
+
+    def compress(self, student: Student) -> nn.Module:
+        """What a learned map makes of the teacher, calibrated on the first training texts."""
+        lines = (self.corpus / "train.jsonl").read_text().splitlines()[: self.arguments.calibration_samples]
+        texts, size = [json.loads(line)["text"] for line in lines], self.arguments.batch_size
+        batches = [
+            dict(self.tokenizer(
+                texts[i : i + size], truncation=True, max_length=self.arguments.max_length, padding=True,
+                return_tensors="pt",
+            )) for i in range(0, len(texts), size)
+        ]  # fmt: skip
+        config = RPSConfig(
+            mapping="codebook", bits=int(student.size), share_embeddings="share_embeddings" in student.flags,
+            grad_scaling="norm", exclude_modules=self.arguments.exclude_modules,
+        )  # fmt: skip
+        return get_rps_model(self.load(self.teacher), config, calibration=batches)
 
     def train_all(self, runs: list[Run]) -> Iterator[tuple[Run, dict | None]]:
         """Several runs, --jobs at a time, in the order of ``runs``."""
@@ -182,6 +200,8 @@ class Study:
     def trained(self, run: Run) -> tuple[nn.Module, dict[str, int]]:
         """The student after training as it is judged, and the bytes that it takes."""
         student, folder = run.student, self.folder(run) / "model" if run.steps else self.source(run.student)
+        if student.is_learned and not run.steps:
+            folder = self.folder(run) / COMPRESSED
         model, file = self.load(folder), sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         if not student.is_quantised:
             return round_codebooks(model), stored_bytes(model, student, self.config, file)
