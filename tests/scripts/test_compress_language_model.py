@@ -133,9 +133,10 @@ def test_what_a_model_writes_is_drawn_once_and_for_all():
 
 
 def test_each_calibration_gives_another_map():
-    texts = SimpleNamespace(calibration=torch.randint(0, 400, (4, 20)), train=torch.randint(0, 400, (30, 10)))
+    train, code = torch.randint(0, 400, (2, 30, 10))
+    texts = SimpleNamespace(calibration=torch.randint(0, 400, (4, 20)), train=train, code=code)
     made = []
-    for name in ("documentation", "mixed", "long"):
+    for name in ("documentation", "mixed", "long", "task"):
         compressed = model()
         Row.parse(f"codebook:bits=2,calibration={name}").apply(compressed, texts)
         made.append(compressed.model.layers[0].mlp.up_proj.weight + 0)

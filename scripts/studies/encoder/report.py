@@ -102,7 +102,7 @@ def report(study: Study, runs: list[Run]) -> str:
     draw(rows, folder / "distillation.png")
     written = [folder / "distillation.png", folder / ROWS]
     for run, row in zip(runs, new, strict=True):
-        if run.student.method == "rps" or run.student.is_learned:
+        if run.steps and (run.student.method == "rps" or run.student.is_learned):
             written += write_card(study, run, row, folder)
     for file in written if study.arguments.publish else ():
         target = SCRIPTS.parent / ("docs" if file.stem == "distillation" else "model_cards") / file.name

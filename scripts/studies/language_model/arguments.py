@@ -16,6 +16,7 @@ ROWS = (
     "bitsandbytes:format=int8", "torchao:bits=4,group_size=64", "torchao:bits=4,group_size=128",
     "torchao:bits=3,group_size=64",
 )  # fmt: skip
+FINETUNED = "codebook:bits=4"
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Arguments:
     embedding_rate: float | None = HfArg(default=None, help="Train the embedding, too, at this rate; None: frozen.")
     batch_size: int = HfArg(default=8, help="Sequences of 128 tokens per step.")
     methods: list[str] = field(default_factory=lambda: list(TUNED), metadata={"help": f"Any of {', '.join(TUNED)}."})
-    finetune_row: str = HfArg(default="codebook:bits=4", help="The row whose codebooks are fine-tuned.")
+    finetune_row: str = HfArg(default=FINETUNED, help="The row whose codebooks are fine-tuned.")
     finetune_steps: int = HfArg(default=100, help="Steps of fine-tuning.")
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of fine-tuning; the first tunes."})
     base_model: str | None = HfArg(default=None, help="The model's Hub name, for the cards.")

@@ -99,8 +99,9 @@ def samples_table(runs: Runs) -> str:
 def finetuned_table(runs: Runs) -> str:
     """Each method at its best rate: memory, and the perplexity of held-out code before and after its longest runs."""
     lines = []
-    for method in (method for method in TUNED if runs.of("finetuned", method)):
-        found = runs.of("finetuned", method)
+    rows = {(run.row, run.variant) for run in runs.of("finetuned")}
+    for method, variant in sorted(rows, key=lambda row: ([*TUNED].index(row[0]), row[1])):
+        found = {run: x for run, x in runs.of("finetuned", method).items() if run.variant == variant}
         longest = max((run.steps, run.batch_size) for run in found)
         found = {run: result for run, result in found.items() if (run.steps, run.batch_size) == longest}
         first = min(run.seed for run in found)
@@ -109,7 +110,7 @@ def finetuned_table(runs: Runs) -> str:
         there = [result for run, result in found.items() if replace(run, seed=first) == best]
         after = [result["perplexity"] for result in there]
         lines.append({
-            "": TITLES[method],
+            "": ": ".join(filter(None, (TITLES[method], variant))),
             "steps × sequences": f"{best.steps} × {best.batch_size}",
             "trained, millions": f"{there[0]['trained'] / 1e6:.2f}",
             "frozen, MB": f"{there[0]['frozen_bytes'] / 1e6:.0f}",

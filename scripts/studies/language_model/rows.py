@@ -97,17 +97,18 @@ def codebook(model: nn.Module, texts: Texts, calibration: str = "documentation",
     Args:
         model: Dense.
         texts: Of the study.
-        calibration: "documentation", or "mixed": half of it, and as much that the model itself writes; or "long": four
-            times as many tokens, the others from what is trained on.
+        calibration: "documentation", or "mixed": half of it, and as much that the model itself writes; "long": four
+            times as many tokens, the others from what is distilled on; or "task": twice as many, the others from what
+            is fine-tuned on.
         fields: Of RPSConfig.
     """
-    if calibration not in ("documentation", "mixed", "long"):
-        raise ValueError(f"codebook: calibration={calibration!r} is none of documentation, mixed, long")
+    more = {"documentation": None, "mixed": None, "long": (3, "train"), "task": (1, "code")}
+    if calibration not in more:
+        raise ValueError(f"codebook: calibration={calibration!r} is none of {', '.join(more)}")
     tokens = texts.calibration
-    if calibration == "long":
-        count, length = tokens.shape
-        more = texts.train.flatten()[: 3 * count * length]
-        tokens = torch.cat([tokens, more.view(-1, length)])
+    if more[calibration]:
+        (times, name), (count, length) = more[calibration], tokens.shape
+        tokens = torch.cat([tokens, getattr(texts, name).flatten()[: times * count * length].view(-1, length)])
     if calibration == "mixed":
         count, length = tokens.shape
         tokens = torch.cat([tokens[: count // 2], written_by(model, count - count // 2, length).to(tokens.device)])

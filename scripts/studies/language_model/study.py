@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_rps import size_report
 from hf_rps.names import is_psi_key
 from studies.language_model import tuning
-from studies.language_model.arguments import Arguments
+from studies.language_model.arguments import FINETUNED, Arguments
 from studies.language_model.data import Texts, batches, load, read, write
 from studies.language_model.rows import CODEBOOK, Row, codebook_bits
 from studies.language_model.runs import Run, Runs
@@ -163,11 +163,17 @@ class Study:
         seeds, steps = self.arguments.seeds, self.arguments.finetune_steps
 
         def run(rate: float, seed: int) -> dict:
-            settings = Run("finetuned", method, steps, rate, seed, batch_size=self.arguments.batch_size)
+            size = self.arguments.batch_size
+            settings = Run("finetuned", method, steps, rate, seed, self._base(method), batch_size=size)
             return self.runs(settings, lambda: self._finetune(settings))
 
         tried = {rate: run(rate, seeds[0])["validation"] for rate in tuning.TUNED[method]}
         return [run(min(tried, key=tried.get), seed) for seed in seeds]
+
+    def _base(self, method: str) -> str:
+        """What the table says of the row that is fine-tuned, where it is not the default one."""
+        row = self.arguments.finetune_row
+        return Row(row).title if row != FINETUNED and method.startswith("codebooks") else ""
 
     def _finetune(self, run: Run) -> dict:
         torch.manual_seed(run.seed)
