@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_rps.layers.kinds import Candidate
+from hf_rps.layers.kinds import Candidate, kind_of
 from hf_rps.learning.batches import moved
 from hf_rps.mappings.weight_map import sharing_group
 
@@ -52,8 +52,10 @@ class Walk:
         self.model, self.batches, self.seed = model, batches, seed
         self.device = next(iter(candidates.values())).stored.device
         self.by_module = {candidate.module: (name, candidate) for name, candidate in candidates.items()}
+        # by table, a head that multiplies with the same parameter
+        self.heads = {c.module: head for c in candidates.values() if (head := _head_of(model, c)) is not None}
         # of those that do more than that (convolutions) the inputs are not looked at
-        self.multiplying = [c.module for c in candidates.values() if c.kind.multiplies]
+        self.multiplying = [c.module for c in candidates.values() if c.kind.multiplies] + [*self.heads.values()]
         self.units: dict[nn.Module, list[nn.Module]] = {}  # by block, the layers in it
         modules = dict(model.named_modules())
         for candidate in candidates.values():
@@ -207,7 +209,7 @@ class Walk:
         kept: dict[nn.Module, Tensor] = {}  # dense weights of the layers that are learned
         try:
             for stage in stages.values():
-                inputs = self._inputs(stage, once, kept)
+                inputs = self._inputs(stage, once, kept) | self._inputs_of_heads(stage)
                 for layer in stage:
                     name, candidate = self.by_module[layer]
                     weight = learn(name, candidate, inputs.get(layer))
@@ -222,6 +224,20 @@ class Walk:
         finally:
             for layer, weight in kept.items():
                 self.by_module[layer][1].stored.data = weight
+
+    def _inputs_of_heads(self, layers: list[nn.Module]) -> dict[nn.Module, Inputs]:
+        """By table among ``layers``, the inputs of a head that reads it, too, as the model has them now.
+
+        As a table it is asked for its rows, to which every column counts the same. Either use gets half.
+        """
+        found = {}
+        for table in (layer for layer in layers if layer in self.heads):
+            head = self.heads[table]
+            inputs = self._inputs([head], once=False, kept={}).get(head)
+            if inputs is not None:
+                hessian = inputs.hessian / inputs.hessian.diagonal().mean()
+                found[table] = Inputs(hessian + torch.eye(len(hessian), device=hessian.device))
+        return found
 
     @contextlib.contextmanager
     def _dense(self, kept: dict[nn.Module, Tensor]) -> Iterator[None]:
@@ -297,6 +313,14 @@ class Walk:
             finally:
                 handle.remove()
         kept[unit] = outputs
+
+
+def _head_of(model: nn.Module, candidate: Candidate) -> nn.Module | None:
+    """A layer that multiplies with the parameter of ``candidate``, a table, or None."""
+    if candidate.kind.multiplies:
+        return None
+    holders = (m for m in model.modules() if any(p is candidate.stored for p in m._parameters.values()))
+    return next((m for m in holders if (kind := kind_of(m)) is not None and kind.multiplies), None)
 
 
 def _surrogate(output: Any, mask: Tensor | None, random: torch.Generator) -> Tensor | None:

@@ -392,6 +392,36 @@ def test_a_head_reads_what_the_table_does(make, options, tmp_path):
     torch.testing.assert_close(logits_of(plain.eval(), ids), expected)
 
 
+@pytest.mark.parametrize("options", [{"ratio": 0.2}, {"mapping": "codebook", "bits": 4}])
+def test_a_tied_table_is_counted_once(options):
+    """Its bytes, dense and now, are those of the parameters; a look-up multiplies nothing, its head does."""
+    dense = causal()
+    model = get_rps_model(causal(), RPSConfig(share_embeddings=True, **options))
+    report = size_report(model)
+    assert report.dense_parameters == sum(p.numel() for p in dense.parameters())
+    assert report.dense_bytes == 4 * report.dense_parameters
+    assert report.bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert report.code_bytes == sum(p.numel() for p in model.parameters() if p.dtype == torch.uint8)
+    assert report.dense_multiplications == report.n
+
+
+def test_a_table_that_is_a_head_is_calibrated_as_one():
+    """Where the head has inputs of very unequal size, what it gives out is kept better."""
+    ids = [{"input_ids": torch.arange(128).view(4, 32) * step % 300} for step in (7, 11, 13, 17)]
+    dense = causal()
+    with torch.no_grad():
+        dense.model.norm.weight[:4] *= 50
+        expected = dense(**ids[0]).logits
+
+    @torch.no_grad()
+    def error(**calibration):
+        model = copy.deepcopy(dense)
+        config = RPSConfig(mapping="codebook", bits=3, target_modules=["embed_tokens"])
+        return (get_rps_model(model, config, **calibration)(**ids[0]).logits - expected).norm()
+
+    assert error(calibration=ids) < 0.75 * error()
+
+
 def test_the_gradient_of_a_tied_table_is_that_of_both_readers():
     model = get_rps_model(causal(), RPSConfig(share_embeddings=True, ratio=0.3, grad_scaling="none")).double()
     ids = torch.arange(20).view(2, 10) * 7 % 300
