@@ -79,7 +79,7 @@ def test_tied_quantised_and_empty_convolutions():
     model = Pair()
     model.b.weight = model.a.weight
     assert [c.name for c in find_targets(model, RPSConfig())] == ["c"]
-    with pytest.raises(ValueError, match="'a', which is tied to another module"):
+    with pytest.raises(ValueError, match="'a', which is tied to 'b'"):
         get_rps_model(model, RPSConfig(target_modules=["a"]))
     model = Pair()
     model.b.weight = nn.Parameter(torch.zeros(4, 4, 3, 3, dtype=torch.int8), requires_grad=False)

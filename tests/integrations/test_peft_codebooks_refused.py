@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from codebook_adapters import IDS, array, compressed, config, step
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, PeftModel, get_peft_model
 from peft_adapters import equal, logits
 from tiny_configs import tiny_config
 from torch import nn
@@ -147,5 +147,5 @@ def test_other_methods_name_the_adapter_that_there_is(saved):
     targets = ["lm_head" if saved else "q_proj"]
     message = "modules_to_save=.* is compressed" if saved else r"get_peft_model\(model, RPSConfig\(mapping='codebook'\)"
     with pytest.raises(ValueError, match=message):
-        get_peft_model(model, LoraConfig(target_modules=targets, modules_to_save=saved))
+        get_peft_model(model, LoHaConfig(target_modules=targets, modules_to_save=saved))
     unchanged(model, before)

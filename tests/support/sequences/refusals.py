@@ -24,7 +24,7 @@ def refused(world: World, rng: random.Random) -> None:
     name = rng.choice(sorted(layers))
     layer = layers[name]
     dense = torch.zeros(layer.weight.shape, dtype=layer.weight_dtype)
-    lora = peft.LoraConfig(target_modules=[name], r=2)
+    loha = peft.LoHaConfig(target_modules=[name], r=2)
     ways = {
         "prune": lambda m: prune.l1_unstructured(layer, "weight", 0.5),
         "prune globally": lambda m: prune.global_unstructured([(layer, "weight")], prune.RandomUnstructured, amount=2),
@@ -44,12 +44,12 @@ def refused(world: World, rng: random.Random) -> None:
         "convert": lambda m: get_rps_model(m, RPSConfig(ratio=0.5)),
         "peft delta": lambda m: peft.get_peft_model(m, RPSConfig(ratio=0.5, mode="delta")),
         "peft replace": lambda m: peft.get_peft_model(m, RPSConfig(ratio=0.5)),
-        "lora": lambda m: peft.get_peft_model(m, lora),
+        "loha": lambda m: peft.get_peft_model(m, loha),
         "a dense state dict": lambda m: m.load_state_dict(world.twin.state_dict(), strict=False),
         "data parallel": lambda m: layer._replicate_for_data_parallel(),
     }
     way = rng.choice(sorted(ways))
-    if way in ("peft delta", "peft replace", "lora") and not isinstance(world.model, PreTrainedModel):
+    if way in ("peft delta", "peft replace", "loha") and not isinstance(world.model, PreTrainedModel):
         return
 
     def act(model):
