@@ -462,6 +462,16 @@ def test_what_was_untied_stays_untied(tmp_path, shared):
     assert again(ids).logits.equal(model.eval()(ids).logits)
 
 
+@pytest.mark.parametrize("shared", ["embed_tokens", "lm_head"])
+def test_what_is_shared_by_itself_is_not_tied_afterwards(shared):
+    model, ids = causal(tie_word_embeddings=False), torch.arange(16)[None]
+    get_rps_model(model, RPSConfig(target_modules=[shared, "q_proj"], ratio=0.5))
+    before, model.config.tie_word_embeddings = model(ids).logits, True
+    with pytest.raises(ValueError, match=r"tie_weights\(\) would tie.*share_embeddings=True"):
+        model.tie_weights()
+    assert model(ids).logits.equal(before)
+
+
 def test_a_record_of_ties_that_is_none_is_refused(tmp_path):
     model = get_rps_model(causal(), RPSConfig(share_embeddings=True))
     model.save_pretrained(tmp_path)

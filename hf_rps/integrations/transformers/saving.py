@@ -87,5 +87,6 @@ def register() -> None:
     wrap_method(PreTrainedModel, "_from_config", _from_config)
     wrap_method(PeftAdapterMixin, "load_adapter", adapters.checking)
     wrap_method(PreTrainedModel, "get_expanded_tied_weights_keys", ties.of_parameters)
+    wrap_method(PreTrainedModel, "tie_weights", ties.looking_first)
     wrap_method(PreTrainedModel, "resize_token_embeddings", resizing.looking_first)
     wrap_method(ModelHubMixin, "save_pretrained", _saving_elsewhere)

@@ -43,6 +43,35 @@ def of_parameters(original):
     return get_expanded_tied_weights_keys
 
 
+def looking_first(original):
+    """tie_weights of a transformers model: where it is called by itself, what can't be tied is refused."""
+
+    def tie_weights(self, missing_keys=None, recompute_mapping=True):
+        if recompute_mapping and missing_keys is None:
+            for module in self.modules():
+                if hasattr(module, "tie_weights"):
+                    _check(module)
+        return original(self, missing_keys=missing_keys, recompute_mapping=recompute_mapping)
+
+    return tie_weights
+
+
+def _check(model: nn.Module) -> None:
+    """Raise a ValueError where ``model`` is to tie a shared weight to one that is not the same slice."""
+    patterns = getattr(model, _CLASS, None)
+    if not isinstance(patterns, dict) or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return
+    layers = {f"{n}.{m.parameter}": (m.bank, m.name) for n, m in model.named_modules() if isinstance(m, RPSLayer)}
+    for pair in patterns.items():
+        one, other = ({weight for name, weight in layers.items() if re.match(end, name)} for end in pair)
+        if (one or other) and not (one == other and len(one) == 1):
+            raise ValueError(
+                f"tie_weights() would tie {pair[0]!r} to {pair[1]!r}, of which one is made from a shared array by "
+                f"itself. Call hf_rps.to_dense(model), tie, and compress with share_embeddings=True; or set "
+                f"config.tie_word_embeddings=False to leave them as they are"
+            )
+
+
 def forget(model: nn.Module) -> None:
     """Take shared weights from what ``model`` and the models inside it say is tied."""
     for module in model.modules():
