@@ -20,6 +20,11 @@ def base_model_of(model: nn.Module) -> nn.Module:
     return base if isinstance(base, nn.Module) else model
 
 
+def output_head_of(model: nn.Module) -> nn.Module | None:
+    """The output head of a transformers model that has one."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
 def base_prefix(model: nn.Module) -> str:
     """Name of the base model inside ``model`` with a trailing dot, or '' where they are the same."""
     base = base_model_of(model)

@@ -72,8 +72,8 @@ def size_report(model: nn.Module) -> SizeReport:
     if hasattr(model, "peft_config"):
         raise ValueError("this model carries PEFT adapters; call its print_trainable_parameters() for their sizes")
     banks = find_banks(model)
-    readers = {*shared_layers(model).values()}
-    layers = {layer for layer in readers if layer.own_name is None}  # one for each weight
+    every = {*shared_layers(model).values()}
+    layers = {layer for layer in every if layer.own_name is None}  # one for each weight
     codes = sum(t.numel() for layer in layers for t in layer.shared.matrix.stored().values())
     parameters = sum(p.numel() for p in model.parameters()) - codes
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -85,6 +85,6 @@ def size_report(model: nn.Module) -> SizeReport:
         more -= layer.shared.target.numel * (layer.bank.psi.element_size() - layer.weight_dtype.itemsize)
     starts = list(dict.fromkeys(bank.array.started for bank in banks))
     started = starts[0] if len(starts) == 1 else ", ".join(map(str, starts)) or None
-    matrices = [layer.shared.matrix for layer in readers if not isinstance(layer, RPSEmbedding)]
+    matrices = [layer.shared.matrix for layer in every if not isinstance(layer, RPSEmbedding)]
     products = sum(matrix.rows * matrix.cols for matrix in matrices), sum(matrix.multiplications for matrix in matrices)
     return SizeReport(n, m, parameters - m + n, parameters, size + more, size, *products, codes, books, started)

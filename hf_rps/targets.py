@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_rps.config import RPSSettings
 from hf_rps.layers.kinds import Candidate, candidates_of, kind_of, nouns, shareable_kind
-from hf_rps.names import base_model_of, base_prefix
+from hf_rps.names import base_prefix, output_head_of
 from hf_rps.tied import can_be_tied, holders_of
 
 logger = logging.getLogger(__name__)
@@ -63,19 +63,23 @@ def _read_by_torch(modules: dict[str, nn.Module]) -> set[nn.Module]:
     return {child for owner in modules.values() if isinstance(owner, owners) for child in owner.modules()}
 
 
+def _of_the_base(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of ``modules`` that are inside the base model."""
+    prefix = base_prefix(model)
+    return {name: module for name, module in modules.items() if name.startswith(prefix)}
+
+
 def _default_names(model: nn.Module, modules: dict[str, nn.Module], adapters: bool) -> list[str]:
     """All layers that can be shared, quantised ones too, of the base model but those that are output heads.
 
     Kinds that have a field of the config are left out. Those that are a fallback (convolutions) come in where there
     are no others.
     """
-    base, prefix = base_model_of(model), base_prefix(model)
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = output_head_of(model)
     body = {
         name: module
-        for name, module in modules.items()
-        if (base is model or name.startswith(prefix))
-        and module is not output
+        for name, module in _of_the_base(model, modules).items()
+        if module is not output
         and _HEAD_NAMES.isdisjoint(name.split("."))
         and (_quantised(module) or shareable_kind(module))
     }
@@ -91,12 +95,6 @@ def _asked_for(config: RPSSettings, module: nn.Module) -> bool:
     return kind is not None and kind.field is not None and getattr(config, kind.field)
 
 
-def _asked_names(model: nn.Module, config: RPSSettings, modules: dict[str, nn.Module]) -> list[str]:
-    base, prefix = base_model_of(model), base_prefix(model)
-    inside = (name for name in modules if base is model or name.startswith(prefix))
-    return [name for name in inside if _asked_for(config, modules[name])]
-
-
 def chosen_names(
     model: nn.Module, config: RPSSettings, modules: dict[str, nn.Module], adapters: bool = False
 ) -> list[str]:
@@ -106,7 +104,8 @@ def chosen_names(
         names = [name for name, module in matched if module._parameters or _quantised(module)]
     else:
         names = _default_names(model, modules, adapters or config.target_modules is not None)
-    chosen = {*names, *_asked_names(model, config, modules)}
+    asked = (name for name, module in _of_the_base(model, modules).items() if _asked_for(config, module))
+    chosen = {*names, *asked}
     names = [name for name in modules if name in chosen]
     kept_out = [rf"(^|.*\.){module}($|\..*)" for module in config.modules_to_save or ()]
     return [

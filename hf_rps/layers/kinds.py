@@ -241,6 +241,11 @@ class Candidate:
         return self.name if self.parameter == "weight" else f"{self.name}.{self.parameter}"
 
     @property
+    def key(self) -> str:
+        """The parameter's name."""
+        return f"{self.name}.{self.parameter}"
+
+    @property
     def stored(self) -> Tensor | None:
         """The parameter as the module stores it; None where it was freed."""
         return getattr(self.module, self.parameter)

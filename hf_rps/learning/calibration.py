@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_rps.layers.kinds import Candidate, kind_of
+from hf_rps.layers.kinds import Candidate
 from hf_rps.learning.batches import moved
 from hf_rps.mappings.weight_map import sharing_group
+from hf_rps.tied import readers_of
 
 
 class _Stop(Exception):
@@ -53,7 +54,12 @@ class Walk:
         self.device = next(iter(candidates.values())).stored.device
         self.by_module = {candidate.module: (name, candidate) for name, candidate in candidates.items()}
         # by table, a head that multiplies with the same parameter
-        self.heads = {c.module: head for c in candidates.values() if (head := _head_of(model, c)) is not None}
+        self.heads = {
+            candidates[target].module: reader.module
+            for target, readers in readers_of(model, candidates).items()
+            for reader in readers.values()
+            if reader.kind is not None and reader.kind.multiplies
+        }
         # of those that do more than that (convolutions) the inputs are not looked at
         self.multiplying = [c.module for c in candidates.values() if c.kind.multiplies] + [*self.heads.values()]
         self.units: dict[nn.Module, list[nn.Module]] = {}  # by block, the layers in it
@@ -313,14 +319,6 @@ class Walk:
             finally:
                 handle.remove()
         kept[unit] = outputs
-
-
-def _head_of(model: nn.Module, candidate: Candidate) -> nn.Module | None:
-    """A layer that multiplies with the parameter of ``candidate``, a table, or None."""
-    if candidate.kind.multiplies:
-        return None
-    holders = (m for m in model.modules() if any(p is candidate.stored for p in m._parameters.values()))
-    return next((m for m in holders if (kind := kind_of(m)) is not None and kind.multiplies), None)
 
 
 def _surrogate(output: Any, mask: Tensor | None, random: torch.Generator) -> Tensor | None:

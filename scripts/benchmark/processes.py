@@ -1,8 +1,8 @@
 """A subject in a process of its own: the process's memory, and how the benchmark talks with it.
 
 Processes are forked from a server (multiprocessing's "forkserver") that has done the slow imports and nothing else, so
-that each starts in no time and with an allocator that no other subject has used. Where an import starts CUDA (torchao's
-does), which no fork survives, each process imports for itself.
+that each starts in no time and with an allocator that no other subject has used. Where an import starts CUDA (as with
+torchao and bitsandbytes installed), which no fork survives, each process imports for itself.
 """
 
 from __future__ import annotations

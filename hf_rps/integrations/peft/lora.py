@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import Linear, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -17,6 +17,7 @@ from torch import nn
 
 from hf_rps.internals import wrap_method
 from hf_rps.layers.linear import RPSLinear
+from hf_rps.names import output_head_of
 
 # what can be drawn without a change of the base's weights; PEFT's other ways take out of them what they put in
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
@@ -50,15 +51,17 @@ def introduce(config: LoraConfig, model: nn.Module) -> tuple[type, ...]:
                 f"compressed model are made from a shared array; leave it out, or take one of {list(_INITS[2:])}"
             )
         config._register_custom_module({RPSLinear: RPSLoraLinear})
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        heads = {getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES} | {_output_head(model)}
+    if means_all_linear(config):
+        heads = {getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES} | {output_head_of(model)}
         shared = {n for n, m in model.named_modules() if isinstance(m, RPSLinear) and m not in heads}
         config.target_modules = shared | set(_maybe_include_all_linear_layers(config, model).target_modules)
     return tuple(config._custom_modules)
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def means_all_linear(config: PeftConfig) -> bool:
+    """True where ``target_modules`` is PEFT's word for all linear layers, however it is spelled."""
+    chosen = getattr(config, "target_modules", None)
+    return isinstance(chosen, str) and chosen.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
 def register() -> None:

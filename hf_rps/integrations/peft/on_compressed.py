@@ -13,7 +13,6 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from hf_rps.conversion import shared_layers
@@ -65,11 +64,11 @@ def check(
         return
     method = getattr(config.peft_type, "value", config.peft_type)
     what = f"{len(shared)} layers of this {type(model).__name__} share one array (get_rps_model)"
-    chosen = getattr(config, "target_modules", None)
-    if isinstance(chosen, str) and chosen.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+    if lora.means_all_linear(config):
         raise ValueError(
-            f"target_modules={chosen!r} of {method} would pass by all layers that are compressed: {what}, and PEFT "
-            f"finds only those that were left dense. {_remedy(shared)}. To adapt layers that were left dense, name them"
+            f"target_modules={config.target_modules!r} of {method} would pass by all layers that are compressed: "
+            f"{what}, and PEFT finds only those that were left dense. {_remedy(shared)}. To adapt layers that were "
+            f"left dense, name them"
         )
     reached = _named_by(state_dict, method, shared) if state_dict is not None else _chosen(tuner, model, config, shared)
     if reached:

@@ -23,7 +23,7 @@ def apply_dtype_plan(model: nn.Module, candidates: Iterable[Candidate]) -> None:
     """
     plan = model._get_dtype_plan(model.config.dtype)
     for candidate in candidates:
-        key = f"{candidate.name}.{candidate.parameter}"
+        key = candidate.key
         # found anywhere in the name, as in transformers' core_model_loading
         dtypes = [dtype for pattern, dtype in plan.items() if re.search(pattern.replace("*", ".*"), key)]
         if dtypes:

@@ -213,7 +213,7 @@ def _readers(
     it and that have no tensor of their own in the files, as a head on the files of a base model."""
     modules, prefix, known = dict(model.named_modules()), base_prefix(model), dict(record.tied)
     if record.is_at_the_base and names is not None:
-        tables = {f"{c.name}.{c.parameter}": target for target, c in candidates.items() if c.kind.field is not None}
+        tables = {c.key: target for target, c in candidates.items() if c.kind.field is not None}
         for key, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
             if source in tables and key not in names:
                 known[map_name(key.removesuffix(".weight"), prefix)] = tables[source]

@@ -10,13 +10,14 @@ import re
 from torch import nn
 
 from hf_rps.layers.base import RPSLayer
+from hf_rps.psi.bank import Bank
 
 _CLASS = "_tied_weights_keys"  # of a model class: patterns of what is tied, by patterns of what to
 
 
-def shared_weights(model: nn.Module) -> set[str]:
-    """The names that shared weights would have as parameters of ``model``."""
-    return {f"{name}.{module.parameter}" for name, module in model.named_modules() if isinstance(module, RPSLayer)}
+def shared_weights(model: nn.Module) -> dict[str, tuple[Bank, str]]:
+    """By the names that they would have as parameters of ``model``, shared weights: the array, and the target of it."""
+    return {f"{n}.{m.parameter}": (m.bank, m.name) for n, m in model.named_modules() if isinstance(m, RPSLayer)}
 
 
 def of_parameters(original):
@@ -28,9 +29,9 @@ def of_parameters(original):
             return original(self, *args, **kwargs)
         own = self.__dict__.get(_CLASS)
         kept = {
-            pair: source
-            for pair, source in patterns.items()
-            if not any(re.match(pattern, name) for pattern in (pair, source) for name in shared)
+            target: source
+            for target, source in patterns.items()
+            if not any(re.match(pattern, name) for pattern in (target, source) for name in shared)
         }
         self.__dict__[_CLASS] = kept
         try:
@@ -61,9 +62,9 @@ def _check(model: nn.Module) -> None:
     patterns = getattr(model, _CLASS, None)
     if not isinstance(patterns, dict) or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return
-    layers = {f"{n}.{m.parameter}": (m.bank, m.name) for n, m in model.named_modules() if isinstance(m, RPSLayer)}
+    shared = shared_weights(model)
     for pair in patterns.items():
-        one, other = ({weight for name, weight in layers.items() if re.match(end, name)} for end in pair)
+        one, other = ({weight for name, weight in shared.items() if re.match(end, name)} for end in pair)
         if (one or other) and not (one == other and len(one) == 1):
             raise ValueError(
                 f"tie_weights() would tie {pair[0]!r} to {pair[1]!r}, of which one is made from a shared array by "

@@ -101,15 +101,15 @@ def load(tokenizer, fortunes: Path) -> Texts:
     )
 
 
-def write(file: Path, texts: Texts) -> None:
-    """Keep texts in a file, whole or not at all."""
+def write(file: Path, content: Texts | Tensor) -> None:
+    """Keep it in a file, whole or not at all: other processes may read it."""
     whole = file.with_suffix(f".{os.getpid()}")
-    torch.save(texts, whole)
+    torch.save(content, whole)
     whole.replace(file)
 
 
 def read(file: Path) -> Texts:
-    """What :func:`write` wrote."""
+    """Texts that :func:`write` wrote."""
     with torch.serialization.safe_globals([Texts, Choice]):
         return torch.load(file)
 

@@ -21,6 +21,7 @@ from hf_rps.targets import find_targets
 from studies.language_model.data import Texts
 
 CODEBOOK = "codebook"
+MORE = {"long": (3, "train"), "task": (1, "code")}  # so many times the tokens besides, of which texts
 TARGETS = RPSConfig(mapping=CODEBOOK)  # every attention and MLP projection
 
 
@@ -102,12 +103,11 @@ def codebook(model: nn.Module, texts: Texts, calibration: str = "documentation",
             is fine-tuned on.
         fields: Of RPSConfig.
     """
-    more = {"documentation": None, "mixed": None, "long": (3, "train"), "task": (1, "code")}
-    if calibration not in more:
-        raise ValueError(f"codebook: calibration={calibration!r} is none of {', '.join(more)}")
+    if calibration not in (known := ("documentation", "mixed", *MORE)):
+        raise ValueError(f"codebook: calibration={calibration!r} is none of {', '.join(known)}")
     tokens = texts.calibration
-    if more[calibration]:
-        (times, name), (count, length) = more[calibration], tokens.shape
+    if calibration in MORE:
+        (times, name), (count, length) = MORE[calibration], tokens.shape
         tokens = torch.cat([tokens, getattr(texts, name).flatten()[: times * count * length].view(-1, length)])
     if calibration == "mixed":
         count, length = tokens.shape

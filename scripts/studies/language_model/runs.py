@@ -9,6 +9,8 @@ from pathlib import Path
 
 from studies import lines
 
+EMBEDDINGS = "embedding trained"  # how the variant of such a run begins
+
 
 @dataclass(frozen=True)
 class Run:

@@ -15,7 +15,7 @@ from studies.language_model import tuning
 from studies.language_model.arguments import FINETUNED, Arguments
 from studies.language_model.data import Texts, batches, load, read, write
 from studies.language_model.rows import CODEBOOK, Row, codebook_bits
-from studies.language_model.runs import Run, Runs
+from studies.language_model.runs import EMBEDDINGS, Run, Runs
 from studies.language_model.scores import accuracy, perplexity, samples
 from studies.language_model.training import divergence, frozen_head, learn, next_token, teacher_states, train
 
@@ -71,7 +71,7 @@ class Study:
     def variant(self) -> str:
         """Of runs that distil."""
         rate = self.arguments.embedding_rate
-        return "" if rate is None else f"embedding trained at {rate:g}"
+        return "" if rate is None else f"{EMBEDDINGS} at {rate:g}"
 
     # ---- judging
 
@@ -133,7 +133,7 @@ class Study:
             if not others:
                 raise ValueError(f"no rate is known for {row.name}; run --stages rates --rows {row.name}")
             tried = self.runs.of("rates", min(others))
-        tried = {run: result["validation"] for run, result in tried.items()}
+        tried = {run: x["validation"] for run, x in tried.items() if not run.variant.startswith(EMBEDDINGS)}
         return min(tried, key=tried.get).rate
 
     def distilled(self, row: Row) -> dict:

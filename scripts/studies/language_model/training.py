@@ -6,7 +6,6 @@ head's logits are never kept: that is a third of a step's time and most of its m
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from studies.language_model.data import write
 from studies.language_model.scores import arithmetic
 
 CHUNK = 256  # tokens whose logits are there at once
@@ -158,7 +158,5 @@ def teacher_states(model: nn.Module, batches: Tensor, file: Path, autocast: bool
         with arithmetic(ids.device, autocast):
             rows.append(body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).bfloat16())
     states = torch.stack(rows)
-    whole = file.with_suffix(f".{os.getpid()}")  # other processes may read the file
-    torch.save(states, whole)
-    whole.replace(file)
+    write(file, states)
     return states
